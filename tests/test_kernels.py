@@ -1,0 +1,465 @@
+"""The CUDA kernels, each of them forced in turn, against float64 and against themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from problems import (
+    DTYPES,
+    NO_GPU,
+    Problem,
+    dtype_name,
+    eager_mismatches,
+    exact_problem,
+    float64,
+    random_problem,
+)
+from shapes import ODD, SIZES
+from torch import Tensor
+
+from flatquant import (
+    accuracy,
+    available_kernels,
+    dequantize_int4,
+    flatquant_dynamic_quantize,
+    get_decompose_dim,
+    reference,
+)
+from flatquant.packing import unpack_int4
+
+pytestmark = pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)
+
+# One of each kind: multiples of 64 and of 8, sizes that a tensor-core tile must pad on either side,
+# a large factor, N no multiple of 8, nothing a multiple of anything.
+KINDS = [
+    (64, 64),
+    (24, 24),
+    (86, 128),
+    (112, 128),
+    (128, 224),
+    (64, 104),
+    (208, 256),
+    (128, 148),
+    (13, 17),
+]
+
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+by_kind = pytest.mark.parametrize("M, N", KINDS)
+
+
+def kernels(M: int, N: int, dtype: torch.dtype) -> list[str]:
+    """The CUDA kernels for a problem; there is always one."""
+    names = available_kernels(M, N, dtype, "cuda")
+    assert names[-1] == "reference"
+    assert len(names) > 1, "no CUDA kernel serves this problem"
+    return names[:-1]
+
+
+def storages(M: int, N: int) -> list[bool]:
+    return [False, True] if M * N % 8 == 0 else [False]
+
+
+def quantize(
+    problem: Problem, kernel: str, pack_int32: bool = False, clip_ratio: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Run a kernel on outputs that hold garbage, so that an element left out shows."""
+    tokens = problem.input.shape[:-1]
+    poison_outputs(math.prod(tokens), problem.input.shape[-1], pack_int32)
+    return flatquant_dynamic_quantize(*problem, clip_ratio, pack_int32, kernel=kernel)
+
+
+def poison_outputs(tokens: int, features: int, pack_int32: bool) -> None:
+    """Fill with garbage the memory that the caching allocator hands out next for such outputs."""
+    bytes_ = tokens * features // 2 if pack_int32 else tokens * features
+    blocks = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in (bytes_, 4 * tokens)]
+    for block in blocks:
+        block.fill_(0x5A)
+
+
+def codes_of(quantized: Tensor) -> Tensor:
+    return unpack_int4(quantized) if quantized.dtype == torch.int32 else quantized
+
+
+def equal(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
+    """Bitwise equal, NaN scales too, whatever the storage of either."""
+    same_scales = torch.equal(got[1].view(torch.int32), expected[1].view(torch.int32))
+    return same_scales and torch.equal(codes_of(got[0]), codes_of(expected[0]))
+
+
+def variants(M: int, N: int, dtype: torch.dtype) -> Iterator[tuple[str, bool]]:
+    for kernel in kernels(M, N, dtype):
+        for pack_int32 in storages(M, N):
+            yield kernel, pack_int32
+
+
+# ----------------------------------------------------------------------------------------- accuracy
+
+
+@by_dtype
+@pytest.mark.parametrize("M, N", [*SIZES, *ODD])
+def test_codes_and_scales_agree_with_float64(M: int, N: int, dtype: torch.dtype) -> None:
+    # 2^20 elements give the smallest mismatch limit, 2e-5, a count of 20 to be judged by.
+    tokens = max(257, 2**20 // (M * N) + 1)
+    problem = random_problem(M, N, tokens, dtype, "cuda")
+    exact = float64(problem)
+    clip_ratio = 0.95
+    eager = eager_mismatches(problem, clip_ratio, exact)
+    failures = []
+    for kernel, pack_int32 in variants(M, N, dtype):
+        output = quantize(problem, kernel, pack_int32, clip_ratio)
+        result = accuracy.compare(*output, exact, clip_ratio, dtype)
+        name = f"{kernel}, {'int32' if pack_int32 else 'int8'}"
+        if not result.ok:
+            failures.append(f"{name}: {result}")
+        # Both counts are sums of rare independent events, so their difference has a standard
+        # deviation of at most sqrt(a + b). Four of those is chance; more is a worse kernel.
+        slack = 4 * math.sqrt(eager + result.mismatches)
+        if dtype != torch.float32 and result.mismatches > eager + slack:
+            failures.append(f"{name}: {result.mismatches} codes differ, in eager PyTorch {eager}")
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("clip_ratio", [1.0, 0.5, 2.0])
+@by_dtype
+@pytest.mark.parametrize("M, N", [*KINDS, *ODD])
+def test_exact_data_gives_exact_codes(
+    M: int, N: int, dtype: torch.dtype, clip_ratio: float
+) -> None:
+    problem, _, codes, scales = exact_problem(M, N, 257, dtype, clip_ratio, "cuda")
+    for kernel, pack_int32 in variants(M, N, dtype):
+        got_codes, got_scales = quantize(problem, kernel, pack_int32, clip_ratio)
+        assert torch.equal(got_scales, scales), kernel
+        assert torch.equal(codes_of(got_codes), codes), (kernel, pack_int32)
+
+
+@by_dtype
+def test_the_originals_example_is_accurate(dtype: torch.dtype) -> None:
+    M, N = get_decompose_dim(4096)
+    problem = Problem(
+        *(torch.randn(r, c, dtype=dtype, device="cuda") for r, c in ((128, 4096), (M, M), (N, N)))
+    )
+    exact = float64(problem)
+    for pack_int32 in (False, True):
+        output = flatquant_dynamic_quantize(
+            *problem, clip_ratio=1.0, pack_int32=pack_int32, use_cuda=True
+        )
+        result = accuracy.compare(*output, exact, 1.0, dtype)
+        assert result.ok, result
+        error = dequantize_int4(*output, packed_int32=pack_int32) - exact
+        assert (error.abs() <= 0.6 * output[1][:, None]).all()
+
+
+@pytest.mark.parametrize("M, N", [(64, 64), (112, 128)])
+def test_an_intermediate_past_the_largest_float16_does_no_harm(M: int, N: int) -> None:
+    """W reaches 16 * 30000, past float16's 65504; Y = W / 64 does not."""
+    signs = 1 - 2 * (torch.arange(N, device="cuda") % 2)
+    x = 30000.0 * signs.expand(5, M, N)
+    x[3:] = torch.randn(2, M, N, device="cuda")  # tokens that need no care, beside those that do
+    left = torch.full((M, M), 16.0 / M, device="cuda")
+    right = torch.eye(N, device="cuda") / 64
+    problem = Problem(x.flatten(1).half(), left.half(), right.half())
+    exact = float64(problem)
+    assert (
+        exact.abs().max()
+        < 65504
+        < reference.transform(problem.input, problem.left, torch.eye(N, device="cuda")).abs().max()
+    )
+    for kernel, pack_int32 in variants(M, N, torch.float16):
+        result = accuracy.compare(*quantize(problem, kernel, pack_int32), exact, 1.0, torch.float16)
+        assert result.ok, f"{kernel}: {result}"
+
+
+# ----------------------------------------------------------------------------------- special tokens
+
+
+@by_dtype
+@by_kind
+def test_special_tokens_get_their_scales_and_touch_no_other(
+    M: int, N: int, dtype: torch.dtype
+) -> None:
+    clean = random_problem(M, N, 70, dtype, "cuda")
+    # Positive factors: then Inf in a token makes all of Y Inf, not NaN.
+    clean = Problem(clean.input, clean.left.abs() + 0.01, clean.right.abs() + 0.01)
+    features = M * N
+    special = {
+        0: {0: math.nan},
+        7: {features - 1: math.nan},
+        8: {0: math.inf},
+        21: {features // 2: -math.inf},
+        22: {0: math.inf, features - 1: math.nan},
+        33: None,  # all zeros
+        69: {features - 1: math.inf},
+    }
+    dirty = clean.input.clone()
+    for token, values in special.items():
+        if values is None:
+            dirty[token] = 0
+        else:
+            for feature, value in values.items():
+                dirty[token, feature] = value
+    others = [token for token in range(70) if token not in special]
+    expected = torch.tensor(
+        [math.nan, math.nan, math.inf, math.inf, math.nan, 1.0, math.inf], device="cuda"
+    )
+    for kernel, pack_int32 in variants(M, N, dtype):
+        codes, scales = quantize(Problem(dirty, *clean[1:]), kernel, pack_int32)
+        clean_codes, clean_scales = quantize(clean, kernel, pack_int32)
+        chosen = list(special)
+        torch.testing.assert_close(scales[chosen], expected, equal_nan=True, rtol=0, atol=0)
+        assert (codes[chosen] == 0).all(), kernel
+        assert equal((codes[others], scales[others]), (clean_codes[others], clean_scales[others]))
+
+
+@pytest.mark.parametrize(
+    "values, clip_ratio, codes, scale",
+    [
+        pytest.param([10 * 2.0**-149, -(2.0**-148)], 1.0, [7, -2], 2.0**-149, id="subnormal"),
+        pytest.param([7 * 2.0**-130, 2.0**-130], 1.0, [7, 1], 2.0**-130, id="tiny"),
+        pytest.param([2.0**-149, 0.0], 1.0, [0, 0], 1.0, id="scale of subnormals underflows"),
+        pytest.param([3.0, 0.5], 2.0**-149, [0, 0], 1.0, id="clip ratio makes it underflow"),
+        pytest.param([7 * 2.0**120, -(2.0**120)], 1.0, [7, -1], 2.0**120, id="huge"),
+        pytest.param([3e38, 1.0], 2.0, [0, 0], math.inf, id="scale overflows"),
+    ],
+)
+def test_scales_at_the_ends_of_float32(
+    values: list[float], clip_ratio: float, codes: list[int], scale: float
+) -> None:
+    x = torch.zeros(3, 64, device="cuda")
+    x[1, :2] = torch.tensor(values)
+    eye = torch.eye(8, device="cuda")
+    for kernel, pack_int32 in variants(8, 8, torch.float32):
+        got_codes, got_scales = quantize(Problem(x, eye, eye), kernel, pack_int32, clip_ratio)
+        assert codes_of(got_codes)[1].tolist() == codes + [0] * 62, kernel
+        assert got_scales.tolist() == [1.0, scale, 1.0], kernel
+
+
+@by_dtype
+@pytest.mark.parametrize("tokens", [(0,), (2, 0, 3)])
+def test_no_tokens_give_empty_results(tokens: tuple[int, ...], dtype: torch.dtype) -> None:
+    problem = random_problem(64, 64, 0, dtype, "cuda")
+    problem = Problem(problem.input.view(*tokens, 4096), *problem[1:])
+    for kernel, pack_int32 in variants(64, 64, dtype):
+        codes, scales = quantize(problem, kernel, pack_int32)
+        assert codes_of(codes).shape == (*tokens, 4096) and scales.shape == tokens
+
+
+# -------------------------------------------------------------------------- batch and memory layout
+
+
+@by_dtype
+@by_kind
+def test_a_tokens_result_is_bitwise_the_same_in_any_batch_and_storage(
+    M: int, N: int, dtype: torch.dtype
+) -> None:
+    tokens = 1201
+    problem = random_problem(M, N, tokens, dtype, "cuda")
+    for kernel in kernels(M, N, dtype):
+        codes, scales = quantize(problem, kernel)
+        for pack_int32 in storages(M, N):
+            assert equal(quantize(problem, kernel, pack_int32), (codes, scales)), "another run"
+            for count in (1, 2, 3, 5, 64, 131, 132, 133, 700):
+                for start in (0, 1, tokens - count):
+                    part = slice(start, start + count)
+                    # A copy at another address: the place in memory must not matter either.
+                    batch = Problem(problem.input[part].clone(), *problem[1:])
+                    assert equal(
+                        quantize(batch, kernel, pack_int32), (codes[part], scales[part])
+                    ), (kernel, pack_int32, count, start)
+
+
+@by_dtype
+@by_kind
+def test_strided_rows_give_the_result_of_contiguous_ones(
+    M: int, N: int, dtype: torch.dtype
+) -> None:
+    features = M * N
+    pitch = -(-(features + 40) // 8) * 8  # 16-byte multiples, so that every kernel takes the slices
+    wide = torch.randn(3, 50, pitch, device="cuda").to(dtype)
+    factors = random_problem(M, N, 0, dtype, "cuda")[1:]
+    inputs = {
+        "slice": wide[0, :, :features],
+        "slice at an offset": wide[0, :, 32 : 32 + features],
+        "slice of a batch": wide[:, :, 8 : 8 + features],
+        "one row of every batch": wide[:, 7, :features],
+        "every other token": wide[1, ::2, :features],
+        "one token": wide[1, 3, :features],
+        "one token repeated": wide[2, :1, :features].expand(9, features),
+    }
+    for name, x in inputs.items():
+        for kernel, pack_int32 in variants(M, N, dtype):
+            expected = quantize(Problem(x.contiguous(), *factors), kernel)
+            assert equal(quantize(Problem(x, *factors), kernel, pack_int32), expected), (
+                name,
+                kernel,
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("offset, pitch", [(1, 4160), (0, 4099), (3, 4103), (4, 4160), (0, 4100)])
+def test_unaligned_rows_are_served_by_auto_and_refused_by_sm90(
+    offset: int, pitch: int, dtype: torch.dtype
+) -> None:
+    storage = torch.randn(9 * pitch + offset, device="cuda").to(dtype)
+    x = storage[offset:].view(9, pitch)[:, :4096]
+    problem = Problem(x, *random_problem(64, 64, 0, dtype, "cuda")[1:])
+    result = accuracy.compare(*quantize(problem, "auto"), float64(problem), 1.0, dtype)
+    assert result.ok, result
+    if "sm90" in kernels(64, 64, dtype):
+        with pytest.raises(ValueError, match=r"kernel='sm90' needs every token.*16 bytes"):
+            quantize(problem, "sm90")
+
+
+@pytest.mark.parametrize("which", ["left_trans", "right_trans"])
+def test_unaligned_factors_are_served_by_auto_and_refused_by_sm90(which: str) -> None:
+    aligned = random_problem(64, 64, 9, torch.float16, "cuda")
+    storage = torch.empty(64 * 64 + 1, dtype=torch.float16, device="cuda")
+    position = 1 if which == "left_trans" else 2
+    factor = storage[1:].view(64, 64).copy_(aligned[position])
+    problem = Problem(*aligned[:position], factor, *aligned[position + 1 :])
+    result = accuracy.compare(*quantize(problem, "auto"), float64(problem), 1.0, torch.float16)
+    assert result.ok, result
+    if "sm90" in kernels(64, 64, torch.float16):
+        with pytest.raises(ValueError, match=f"kernel='sm90' needs {which} aligned to 16 bytes"):
+            quantize(problem, "sm90")
+
+
+def test_no_memory_is_taken_but_for_the_results() -> None:
+    wide = random_problem(64, 128, 3000, torch.float16, "cuda").input
+    factors = random_problem(64, 64, 0, torch.float16, "cuda")[1:]
+    for kernel in kernels(64, 64, torch.float16):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = flatquant_dynamic_quantize(wide[:, :4096], *factors, 1.0, True, kernel=kernel)
+        kept = torch.cuda.memory_allocated() - before
+        assert torch.cuda.max_memory_allocated() - before == kept, kernel
+        assert kept <= sum(t.numel() * 4 + 512 for t in result), kernel
+        del result
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
+def test_more_elements_than_int32_counts(dtype: torch.dtype) -> None:
+    tokens, features = 2**19 + 3, 4096  # 2^31 + 12288 elements
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of free GPU memory")
+    x = torch.empty(tokens, features, dtype=dtype, device="cuda").normal_()
+    problem = Problem(x, *random_problem(64, 64, 0, dtype, "cuda")[1:])
+    for kernel in kernels(64, 64, dtype):
+        codes, scales = quantize(problem, kernel)
+        for part in (slice(0, 50), slice(2**18 - 50, 2**18 + 50), slice(tokens - 50, tokens)):
+            expected = quantize(Problem(x[part], *problem[1:]), kernel)
+            assert equal((codes[part], scales[part]), expected), (kernel, part)
+        del codes, scales
+
+
+# ------------------------------------------------------------------------------ streams and devices
+
+
+@pytest.mark.parametrize("M, N", [(64, 64), (128, 148)])
+def test_work_runs_on_the_current_stream(M: int, N: int) -> None:
+    problem = random_problem(M, N, 300, torch.float16, "cuda")
+    for kernel in kernels(M, N, torch.float16):
+        expected = quantize(problem, kernel)
+        late = Problem(torch.zeros_like(problem.input), *problem[1:])
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            # The input is written late: whoever does not wait for this stream reads zeros.
+            torch.cuda._sleep(50_000_000)
+            late.input.copy_(problem.input)
+            got = flatquant_dynamic_quantize(*late, kernel=kernel)
+        stream.synchronize()
+        assert equal(got, expected), kernel
+
+
+@pytest.mark.parametrize("M, N", [(64, 64), (128, 148)])
+def test_a_call_is_captured_in_a_cuda_graph_and_replays_on_new_data(M: int, N: int) -> None:
+    for kernel in kernels(M, N, torch.float16):
+        problem = random_problem(M, N, 33, torch.float16, "cuda")
+        quantize(problem, kernel, clip_ratio=0.9)  # what is set up once is set up
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = flatquant_dynamic_quantize(*problem, 0.9, kernel=kernel)
+        for _ in range(3):
+            problem.input.copy_(random_problem(M, N, 33, torch.float16, "cuda").input)
+            graph.replay()
+            assert equal(captured, quantize(problem, kernel, clip_ratio=0.9)), kernel
+
+
+def test_a_device_that_is_not_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    problem = random_problem(64, 64, 20, torch.float16, "cuda:0")
+    moved = Problem(*(tensor.to("cuda:1") for tensor in problem))
+    for kernel in kernels(64, 64, torch.float16):
+        if kernel in available_kernels(64, 64, torch.float16, "cuda:1"):
+            codes, scales = flatquant_dynamic_quantize(*moved, kernel=kernel)
+            assert codes.device == scales.device == moved.input.device
+            assert equal((codes.to("cuda:0"), scales.to("cuda:0")), quantize(problem, kernel))
+
+
+# --------------------------------------------------------------------------------- choice of kernel
+
+
+@by_dtype
+@by_kind
+def test_auto_is_the_first_of_the_available_kernels(M: int, N: int, dtype: torch.dtype) -> None:
+    problem = random_problem(M, N, 65, dtype, "cuda")
+    best = kernels(M, N, dtype)[0]
+    assert equal(quantize(problem, "auto"), quantize(problem, best))
+    by_index = available_kernels(M, N, dtype, torch.cuda.current_device())
+    assert available_kernels(M, N, dtype) == by_index
+
+
+@by_dtype
+def test_a_hopper_gpu_runs_sm90_where_n_is_a_multiple_of_8(dtype: torch.dtype) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    for M, N in SIZES:
+        names = kernels(M, N, dtype)
+        assert "simt" in names, (M, N)
+        if dtype == torch.float32:
+            assert "sm90" not in names, (M, N)
+        elif N % 8 == 0 and M * N <= 28672:
+            assert names[0] == "sm90", (M, N)
+
+
+@pytest.mark.parametrize(
+    "M, N, dtype, kernel",
+    [
+        (64, 64, torch.float16, "sm91"),
+        (64, 64, torch.float16, ""),
+        (64, 64, torch.float32, "sm90"),
+        (13, 17, torch.float16, "sm90"),
+    ],
+)
+def test_an_unknown_or_unfit_kernel_is_refused_with_those_that_serve(
+    M: int, N: int, dtype: torch.dtype, kernel: str
+) -> None:
+    problem = random_problem(M, N, 2, dtype, "cuda")
+    with pytest.raises(ValueError, match=rf"kernel must be .*'simt'.*M={M}, N={N}") as caught:
+        flatquant_dynamic_quantize(*problem, kernel=kernel)
+    assert repr(kernel) in str(caught.value)
+
+
+def test_tensors_on_two_devices_are_refused() -> None:
+    x, left, right = random_problem(8, 8, 2, torch.float16, "cuda")
+    with pytest.raises(ValueError, match="right_trans must be on the device of input_tensor, cuda"):
+        flatquant_dynamic_quantize(x, left, right.cpu())
+    with pytest.raises(ValueError, match="left_trans must be on the device of input_tensor, cpu"):
+        flatquant_dynamic_quantize(x.cpu(), left, right, use_cuda=False)
+
+
+def test_the_reference_runs_on_the_gpu_and_is_accurate() -> None:
+    problem = random_problem(112, 128, 300, torch.bfloat16, "cuda")
+    for options in ({"use_cuda": False}, {"kernel": "reference"}):
+        output = flatquant_dynamic_quantize(*problem, **options)
+        assert output[0].device.type == "cuda"
+        result = accuracy.compare(*output, float64(problem), 1.0, torch.float32)
+        assert result.ok, result
+    problem, clip_ratio, codes, scales = exact_problem(24, 32, 300, torch.float16, 0.5, "cuda")
+    got = flatquant_dynamic_quantize(*problem, clip_ratio, use_cuda=False)
+    assert torch.equal(got[0], codes) and torch.equal(got[1], scales)

@@ -1,0 +1,181 @@
+"""The operator under torch's tracers: opcheck, fake tensors, torch.compile, torch.export."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from problems import DTYPES, NO_GPU, dtype_name, random_problem
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from flatquant import flatquant_dynamic_quantize, ops, reference
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU))]
+
+operator = torch.ops.flatquant.dynamic_quantize
+
+
+def equal(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("pack_int32", [False, True])
+@pytest.mark.parametrize("case", ["rows", "no tokens", "one token", "batches", "strided rows"])
+def test_opcheck_passes(case: str, pack_int32: bool, dtype: torch.dtype, device: str) -> None:
+    x, left, right = random_problem(8, 16, 6, dtype, device)
+    x = {
+        "rows": x,
+        "no tokens": x[:0],
+        "one token": x[0],
+        "batches": x.view(2, 3, 128),
+        "strided rows": torch.cat((x, x), dim=1).view(2, 3, 256)[..., :128],
+    }[case]
+    torch.library.opcheck(operator.default, (x, left, right, 0.9, pack_int32))
+
+
+def test_the_operator_runs_the_reference_on_cpu_tensors() -> None:
+    problem = random_problem(8, 16, 5, torch.bfloat16)
+    expected = reference.dynamic_quantize(*problem, 0.9, True)
+    for kernel in ("auto", "reference"):
+        assert equal(operator(*problem, 0.9, True, kernel), expected)
+    assert equal(operator(*problem), reference.dynamic_quantize(*problem))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    "shape, strides, left_shape, clip_ratio, message",
+    [
+        ((2, 24), (24, 1), (4, 4), 1.0, "input_tensor must have M \\* N = 4 \\* 4 = 16 features"),
+        ((2, 16), (32, 2), (4, 4), 1.0, "one stride between tokens"),
+        ((2, 16), (16, 1), (3, 4), 1.0, "left_trans must be a square matrix"),
+        ((2, 16), (16, 1), (4, 4), -1.0, "clip_ratio must be finite"),
+    ],
+)
+def test_the_operator_refuses_what_the_public_function_refuses(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    left_shape: tuple[int, ...],
+    clip_ratio: float,
+    message: str,
+    device: str,
+) -> None:
+    x = torch.empty_strided(shape, strides, device=device)
+    left, right = torch.empty(left_shape, device=device), torch.empty(4, 4, device=device)
+    with pytest.raises(ValueError, match=message):
+        operator(x, left, right, clip_ratio)
+
+
+def test_the_operator_refuses_a_cuda_kernel_for_cpu_tensors() -> None:
+    problem = random_problem(4, 4, 2, torch.float16)
+    with pytest.raises(ValueError, match="kernel_name must be 'auto' or 'reference'.*got 'simt'"):
+        operator(*problem, 1.0, False, "simt")
+
+
+@pytest.mark.parametrize("pack_int32", [False, True])
+def test_fake_cuda_tensors_go_through_the_public_function(
+    monkeypatch: pytest.MonkeyPatch, pack_int32: bool
+) -> None:
+    monkeypatch.setattr(ops, "EXTENSION_LOADED", True)
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 128, dtype=torch.float16, device="cuda")
+        left = torch.empty(8, 8, dtype=torch.float16, device="cuda")
+        right = torch.empty(16, 16, dtype=torch.float16, device="cuda")
+        quantized, scales = flatquant_dynamic_quantize(x, left, right, 1.0, pack_int32)
+    expected = (torch.int32, (2, 3, 16)) if pack_int32 else (torch.int8, (2, 3, 128))
+    assert (quantized.dtype, quantized.shape) == expected
+    assert (scales.dtype, scales.shape) == (torch.float32, (2, 3))
+    assert quantized.device.type == scales.device.type == "cuda"
+    assert quantized.is_contiguous() and scales.is_contiguous()
+
+
+def public(x: Tensor, left: Tensor, right: Tensor, clip_ratio: float) -> tuple[Tensor, Tensor]:
+    use_cuda = x.device.type == "cuda"
+    quantized, scales = flatquant_dynamic_quantize(x * 2, left, right, clip_ratio, True, use_cuda)
+    return quantized + 1, scales * 2
+
+
+def direct(x: Tensor, left: Tensor, right: Tensor, clip_ratio: float) -> tuple[Tensor, Tensor]:
+    # kernel_name is left at its default on purpose: a compiler may fill it in by name.
+    quantized, scales = operator(x * 2, left, right, clip_ratio, True)
+    return quantized + 1, scales * 2
+
+
+BACKENDS = [
+    "aot_eager",
+    pytest.param(
+        "inductor",
+        marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++"),
+    ),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("function", [public, direct])
+def test_compiled_functions_take_changing_token_counts_without_recompiling(
+    function: Any, backend: str, device: str
+) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+    # Integers, so that compiled and uncompiled products are equal whatever their order.
+    left, right = (torch.randint(-2, 3, (n, n), device=device).half() for n in (8, 16))
+
+    def check(tokens: int, clip_ratio: float) -> None:
+        x = torch.randint(-4, 5, (tokens, 128), device=device).half()
+        expected = function(x, left, right, clip_ratio)
+        assert equal(compiled(x, left, right, clip_ratio), expected), tokens
+
+    check(5, 0.9)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens, clip_ratio in ((17, 0.9), (2, 0.9), (1000, 0.9)):
+            check(tokens, clip_ratio)
+    # Torch specialises sizes 0 and 1 and may specialise floats; the results stay right.
+    for tokens, clip_ratio in ((1, 0.9), (0, 0.9), (3, 0.5)):
+        check(tokens, clip_ratio)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_compiled_function_may_choose_its_tokens_by_a_mask(device: str) -> None:
+    torch._dynamo.reset()
+
+    def chosen(x: Tensor, mask: Tensor, left: Tensor, right: Tensor) -> Any:
+        return operator(x[mask], left, right)
+
+    problem = random_problem(8, 16, 9, torch.float16, device)
+    compiled = torch.compile(chosen, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for mask in (torch.arange(9) % 2 == 0, torch.arange(9) < 0):
+            mask = mask.to(device)
+            expected = chosen(problem.input, mask, *problem[1:])
+            assert equal(compiled(problem.input, mask, *problem[1:]), expected)
+
+
+class Quantizer(torch.nn.Module):
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("left", left)
+        self.register_buffer("right", right)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return operator(x, self.left, self.right, 0.9, True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_exported_program_survives_saving_and_takes_any_token_count(device: str) -> None:
+    problem = random_problem(8, 16, 6, torch.float16, device)
+    module = Quantizer(*problem[1:])
+    tokens = torch.export.Dim("tokens", min=0)
+    program = torch.export.export(module, (problem.input,), dynamic_shapes=({0: tokens},))
+    assert "flatquant.dynamic_quantize" in str(program.graph)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for x in (problem.input, problem.input[:1], problem.input[:0], problem.input.repeat(50, 1)):
+        assert equal(loaded(x), module(x))
