@@ -1,0 +1,3 @@
+#include "simt/launch.cuh"
+
+template void flatquant::simt::launch<__half>(const Problem&, cudaStream_t);

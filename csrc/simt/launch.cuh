@@ -1,0 +1,27 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "cuda_check.h"
+#include "simt/kernel.cuh"
+#include "simt/launch.h"
+
+namespace flatquant::simt {
+
+template <class Element>
+void launch(const Problem& problem, cudaStream_t stream) {
+  const Plan plan(problem.rows, problem.cols,
+                  device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "simt", problem));
+  check_cuda(cudaFuncSetAttribute(kernel<Element>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  plan.shared_bytes),
+             "simt", problem);
+  // Eight blocks are all that an SM can hold; more tokens go round.
+  const int64_t resident = 8 * device_attribute(cudaDevAttrMultiProcessorCount, "simt", problem);
+  const auto blocks = static_cast<unsigned>(std::min(problem.tokens, resident));
+  kernel<Element><<<blocks, threads, plan.shared_bytes, stream>>>(problem, plan);
+  check_cuda(cudaGetLastError(), "simt", problem);
+}
+
+}  // namespace flatquant::simt

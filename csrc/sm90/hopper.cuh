@@ -1,0 +1,183 @@
+// The Hopper instructions the kernel uses, each wrapped once and named after what it does.
+// The emulator of the tests has a file of this name with the same functions for the host.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <utility>
+
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+#include <cutlass/numeric_types.h>
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/arch/mma_sm90.hpp>
+#include <cute/arch/mma_sm90_desc.hpp>
+
+namespace flatquant::sm90 {
+
+// --- shared memory and barriers ---
+
+__device__ __forceinline__ unsigned char* dynamic_shared_memory() {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  return memory;
+}
+
+__device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
+  cutlass::arch::NamedBarrier::sync(static_cast<uint32_t>(threads), static_cast<uint32_t>(barrier));
+}
+
+using Mbarrier = uint64_t;
+
+__device__ __forceinline__ void mbarrier_init(Mbarrier* barrier, int arrivals) {
+  cutlass::arch::ClusterBarrier::init(barrier, arrivals);
+}
+// Makes initialised barriers visible to the copy engine.
+__device__ __forceinline__ void mbarrier_init_fence() { cutlass::arch::fence_barrier_init(); }
+
+__device__ __forceinline__ void mbarrier_arrive(Mbarrier* barrier) {
+  cutlass::arch::ClusterBarrier::arrive(barrier);
+}
+__device__ __forceinline__ void mbarrier_arrive_expect_bytes(Mbarrier* barrier, uint32_t bytes) {
+  cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(barrier, bytes);
+}
+// Returns once the phase with this parity has completed.
+__device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, uint32_t parity) {
+  cutlass::arch::ClusterBarrier::wait(barrier, parity);
+}
+
+// Ordinary shared-memory stores before it are seen by wgmma and the copy engine after it.
+__device__ __forceinline__ void fence_proxy_async() { cutlass::arch::fence_view_async_shared(); }
+
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
+// --- copy engine ---
+
+__device__ __forceinline__ void tma_prefetch_map(const CUtensorMap* map) {
+  cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
+}
+
+// Box of a 3-D tensor map at coordinates (x innermost) into shared memory; what lies outside the
+// tensor arrives as zeros. Completes on `barrier` with the box's bytes.
+__device__ __forceinline__ void tma_load_3d(const CUtensorMap* map, Mbarrier* barrier, void* shared,
+                                            int x, int y, int z) {
+  // Measured: evict-first costs 6% at full bandwidth, though every token is read only once.
+  cute::SM90_TMA_LOAD_3D::copy(
+      map, barrier, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), shared, x, y, z);
+}
+
+// --- tensor cores ---
+
+// Width in bytes of a row of the swizzled shared-memory panel (see Panel in config.h).
+enum class Swizzle : int { bytes32 = 32, bytes64 = 64, bytes128 = 128 };
+
+// Descriptor of a wgmma operand that is contiguous along its M or N dimension ("MN-major"):
+// `panel_stride` bytes between neighbouring swizzle-wide panels, eight K rows to a swizzle atom.
+__device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared, Swizzle swizzle,
+                                                     int panel_stride) {
+  using cute::SM90::GMMA::LayoutType;
+  cute::GmmaDescriptor descriptor;
+  descriptor.bitfield.start_address_ = cute::cast_smem_ptr_to_uint(shared) >> 4;
+  descriptor.bitfield.leading_byte_offset_ = panel_stride >> 4;
+  descriptor.bitfield.stride_byte_offset_ = 8 * static_cast<int>(swizzle) >> 4;
+  descriptor.bitfield.base_offset_ = 0;
+  descriptor.bitfield.layout_type_ =
+      static_cast<uint8_t>(swizzle == Swizzle::bytes128  ? LayoutType::B128
+                           : swizzle == Swizzle::bytes64 ? LayoutType::B64
+                                                         : LayoutType::B32);
+  return descriptor;
+}
+
+// The descriptor `bytes` further on.
+__device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) {
+  return descriptor + (bytes >> 4);
+}
+
+template <class Element>
+struct WgmmaElement;
+template <>
+struct WgmmaElement<__half> {
+  using type = cutlass::half_t;
+};
+template <>
+struct WgmmaElement<__nv_bfloat16> {
+  using type = cutlass::bfloat16_t;
+};
+
+// D (64 x n, float) = A (64 x 16) @ B (16 x n) + (accumulate ? D : 0), asynchronously.
+// A in shared memory, contiguous along M; B in shared memory, contiguous along N.
+template <class Element, int n, int... i>
+__device__ __forceinline__ void wgmma_call(float (&d)[n / 2], uint64_t a, uint64_t b,
+                                           bool accumulate, std::integer_sequence<int, i...>) {
+  using namespace cute::SM90::GMMA;
+  using T = typename WgmmaElement<Element>::type;
+  using Op = decltype(ss_op_selector<T, T, float, cute::Shape<cute::_64, cute::Int<n>, cute::_16>,
+                                     Major::MN, Major::MN>());
+  Op::fma(a, b, d[i]..., accumulate ? ScaleOut::One : ScaleOut::Zero);
+}
+template <class Element, int n>
+__device__ __forceinline__ void wgmma(float (&d)[n / 2], uint64_t a, uint64_t b, bool accumulate) {
+  wgmma_call<Element, n>(d, a, b, accumulate, std::make_integer_sequence<int, n / 2>());
+}
+
+// The same with A in registers: a warp's 16 x 16 fragment, as mma.sync has it.
+template <class Element, int n, int... i>
+__device__ __forceinline__ void wgmma_call(float (&d)[n / 2], const uint32_t* a, uint64_t b,
+                                           bool accumulate, std::integer_sequence<int, i...>) {
+  using namespace cute::SM90::GMMA;
+  using T = typename WgmmaElement<Element>::type;
+  using Op = decltype(rs_op_selector<T, T, float, cute::Shape<cute::_64, cute::Int<n>, cute::_16>,
+                                     Major::K, Major::MN>());
+  Op::fma(a[0], a[1], a[2], a[3], b, d[i]..., accumulate ? ScaleOut::One : ScaleOut::Zero);
+}
+template <class Element, int n>
+__device__ __forceinline__ void wgmma(float (&d)[n / 2], const uint32_t* a, uint64_t b,
+                                      bool accumulate) {
+  wgmma_call<Element, n>(d, a, b, accumulate, std::make_integer_sequence<int, n / 2>());
+}
+
+// A chain of wgmma: begin, wgmma ..., commit, and wait before its registers are used again. begin
+// and wait name registers so that the compiler moves no other use of them in between.
+template <class Register, int count>
+__device__ __forceinline__ void fence_registers(Register (&registers)[count]) {
+#pragma unroll
+  for (int i = 0; i < count; ++i) cute::warpgroup_fence_operand(registers[i]);
+}
+template <class... Registers>
+__device__ __forceinline__ void wgmma_begin(Registers&... registers) {
+  (fence_registers(registers), ...);
+  cute::warpgroup_arrive();
+}
+__device__ __forceinline__ void wgmma_commit() { cute::warpgroup_commit_batch(); }
+template <int count>
+__device__ __forceinline__ void wgmma_wait(float (&d)[count]) {
+  cute::warpgroup_wait<0>();
+  fence_registers(d);
+}
+
+// --- warp and warpgroup ---
+
+template <int registers>
+__device__ __forceinline__ void raise_registers() {
+  cutlass::arch::warpgroup_reg_alloc<registers>();
+}
+template <int registers>
+__device__ __forceinline__ void lower_registers() {
+  cutlass::arch::warpgroup_reg_dealloc<registers>();
+}
+
+__device__ __forceinline__ int warp_uniform(int value) {
+  return __shfl_sync(0xffffffffu, value, 0);
+}
+
+// Largest of the warp's non-negative or NaN values; NaN wins (see absmax in quantize.cuh).
+__device__ __forceinline__ float warp_max(float value) {
+  return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value)));
+}
+
+}  // namespace flatquant::sm90

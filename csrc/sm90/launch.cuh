@@ -1,0 +1,92 @@
+// From a problem to a launch: tensor map, grid and the instantiation for the column class.
+#pragma once
+
+#include <cudaTypedefs.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cuda_check.h"
+#include "sm90/kernel.cuh"
+#include "sm90/launch.h"
+
+namespace flatquant::sm90 {
+
+// The encoder comes from the driver at run time, so that the library does not link libcuda.
+inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder(const Problem& problem) {
+  static void* const encoder = [&] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                cudaEnableDefault, &found),
+               "sm90", problem);
+    if (found != cudaDriverEntryPointSuccess) {
+      throw std::runtime_error("flatquant: the driver has no cuTensorMapEncodeTiled (CUDA 12)");
+    }
+    return function;
+  }();
+  return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(encoder);
+}
+
+// Input as (tokens, rows, cols), cols innermost; a box is one panel of one token.
+template <class Config>
+CUtensorMap make_input_map(const Problem& problem) {
+  constexpr bool is_half = std::is_same_v<typename Config::Element, __half>;
+  constexpr CUtensorMapSwizzle swizzle = Config::width == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+                                         : Config::width == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                               : CU_TENSOR_MAP_SWIZZLE_32B;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(problem.cols),
+                              static_cast<cuuint64_t>(problem.rows),
+                              static_cast<cuuint64_t>(problem.tokens)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(problem.cols) * 2,
+                                static_cast<cuuint64_t>(problem.input_stride) * 2};
+  const cuuint32_t box[] = {Config::width, Config::depth, 1};
+  const cuuint32_t steps[] = {1, 1, 1};
+  CUtensorMap map;
+  const CUresult result = tensor_map_encoder(problem)(
+      &map, is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,
+      const_cast<void*>(problem.input), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw std::runtime_error("flatquant: kernel 'sm90' failed on " + describe(problem) +
+                             ": tensor map rejected, CUresult " + std::to_string(result));
+  }
+  return map;
+}
+
+template <class Config>
+void launch_class(const Problem& problem, cudaStream_t stream) {
+  const CUtensorMap map = make_input_map<Config>(problem);
+  check_cuda(cudaFuncSetAttribute(kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  Config::shared_bytes),
+             "sm90", problem);
+  const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, "sm90", problem);
+  const auto blocks = static_cast<unsigned>(std::min(problem.tokens, multiprocessors));
+  kernel<Config><<<blocks, Config::threads, Config::shared_bytes, stream>>>(map, problem);
+  check_cuda(cudaGetLastError(), "sm90", problem);
+}
+
+// Launches class `index` if it is the problem's; only classes of `row_tiles` are instantiated.
+template <class Element, int row_tiles, int index>
+void launch_if(int wanted, const Problem& problem, cudaStream_t stream) {
+  constexpr ShapeClass shape = shape_classes[index];
+  if constexpr (shape.row_tiles() == row_tiles) {
+    if (index == wanted) launch_class<Config<Element, shape.depth, shape.cols>>(problem, stream);
+  }
+}
+
+template <class Element, int row_tiles, int... indices>
+void launch_any(const Problem& problem, cudaStream_t stream,
+                std::integer_sequence<int, indices...>) {
+  const int wanted = find_shape_class(problem.rows, problem.cols);
+  (launch_if<Element, row_tiles, indices>(wanted, problem, stream), ...);
+}
+
+template <class Element, int row_tiles>
+void launch(const Problem& problem, cudaStream_t stream) {
+  launch_any<Element, row_tiles>(problem, stream,
+                                 std::make_integer_sequence<int, shape_class_count>());
+}
+
+}  // namespace flatquant::sm90

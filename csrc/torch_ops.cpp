@@ -1,0 +1,206 @@
+// The only file that knows torch: schemas, checks, allocation, stream. Through torch's stable ABI,
+// so that one binary serves every torch from 2.10 on.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cuda_check.h"
+#include "dispatch.h"
+#include "problem.h"
+#include "simt/launch.h"
+#include "sm90/launch.h"
+
+namespace flatquant {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr std::string_view compiled_architectures = FLATQUANT_CUDA_ARCHS;
+
+template <class Element>
+void launch_sm90(const Problem& problem, cudaStream_t stream) {
+  switch (sm90::shape_classes[sm90::find_shape_class(problem.rows, problem.cols)].row_tiles()) {
+    case 1:
+      return sm90::launch<Element, 1>(problem, stream);
+    case 2:
+      return sm90::launch<Element, 2>(problem, stream);
+    default:
+      return sm90::launch<Element, 3>(problem, stream);
+  }
+}
+
+void launch(std::string_view kernel, const Problem& problem, cudaStream_t stream) {
+  if (kernel == "sm90") {
+    return problem.dtype == Dtype::float16 ? launch_sm90<__half>(problem, stream)
+                                           : launch_sm90<__nv_bfloat16>(problem, stream);
+  }
+  switch (problem.dtype) {
+    case Dtype::float16:
+      return simt::launch<__half>(problem, stream);
+    case Dtype::bfloat16:
+      return simt::launch<__nv_bfloat16>(problem, stream);
+    case Dtype::float32:
+      return simt::launch<float>(problem, stream);
+  }
+}
+
+Dtype to_dtype(ScalarType type) {
+  STD_TORCH_CHECK(
+      type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Float,
+      "flatquant: input must be float16, bfloat16 or float32");
+  return type == ScalarType::Half       ? Dtype::float16
+         : type == ScalarType::BFloat16 ? Dtype::bfloat16
+                                        : Dtype::float32;
+}
+
+// Side of a square contiguous factor like `input` in dtype and device.
+int64_t check_factor(const Tensor& factor, const Tensor& input, const char* name) {
+  STD_TORCH_CHECK(factor.dim() == 2 && factor.size(0) == factor.size(1) && factor.size(0) >= 1,
+                  "flatquant: ", name, " must be a square matrix");
+  STD_TORCH_CHECK(factor.is_contiguous(), "flatquant: ", name, " must be contiguous");
+  STD_TORCH_CHECK(factor.scalar_type() == input.scalar_type() && factor.is_cuda() &&
+                      factor.get_device_index() == input.get_device_index(),
+                  "flatquant: ", name, " must have the dtype and device of input");
+  return factor.size(0);
+}
+
+// The one stride between tokens that [..., features] has if its leading dimensions collapse.
+int64_t token_stride(const Tensor& input) {
+  const int64_t features = input.size(-1);
+  STD_TORCH_CHECK(features <= 1 || input.stride(-1) == 1,
+                  "flatquant: input must be contiguous along its last dimension");
+  int64_t stride = features, expected = 0;
+  bool first = true;
+  for (int64_t dim = input.dim() - 2; dim >= 0; --dim) {
+    if (input.size(dim) == 1) continue;
+    if (first) {
+      stride = expected = input.stride(dim);
+      first = false;
+    }
+    STD_TORCH_CHECK(input.numel() == 0 || input.stride(dim) == expected,
+                    "flatquant: input's leading dimensions must collapse to one stride");
+    expected *= input.size(dim);
+  }
+  return stride;
+}
+
+bool aligned(const void* pointer, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+// What a kernel asks of these tensors beyond what the table knows: sm90 reads 16-byte units.
+bool fits_memory(std::string_view kernel, const Problem& problem) {
+  return kernel != "sm90" || (problem.input_stride % 8 == 0 && aligned(problem.input, 16) &&
+                              aligned(problem.left, 16) && aligned(problem.right, 16));
+}
+
+int current_compute_capability(const Problem& problem) {
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, "dispatch", problem) +
+         device_attribute(cudaDevAttrComputeCapabilityMinor, "dispatch", problem);
+}
+
+std::string_view choose_kernel(const std::string& asked, const Problem& problem) {
+  const Query query{current_compute_capability(problem), problem.dtype, problem.rows, problem.cols};
+  STD_TORCH_CHECK(covers(compiled_architectures, query.compute_capability),
+                  "flatquant: built for sm_", std::string(compiled_architectures),
+                  ", this GPU is sm_", query.compute_capability,
+                  ": rebuild with FLATQUANT_CUDA_ARCHS=", query.compute_capability);
+  for (const KernelEntry& kernel : kernel_table) {
+    if (asked != "auto" && asked != kernel.name) continue;
+    if (kernel.serves(query) && fits_memory(kernel.name, problem)) return kernel.name;
+  }
+  STD_TORCH_CHECK(false, "flatquant: kernel '", asked, "' does not serve ", describe(problem),
+                  " with row stride ", problem.input_stride, " on sm_", query.compute_capability,
+                  "; for these sizes: ", kernel_names(query));
+}
+
+std::tuple<Tensor, Tensor> dynamic_quantize(Tensor input, Tensor left_trans, Tensor right_trans,
+                                            double clip_ratio, bool pack_int32,
+                                            std::string kernel) {
+  STD_TORCH_CHECK(input.is_cuda() && input.dim() >= 1,
+                  "flatquant: input must be a CUDA tensor of at least one dimension");
+  const Dtype dtype = to_dtype(input.scalar_type());
+  const int64_t rows = check_factor(left_trans, input, "left_trans");
+  const int64_t cols = check_factor(right_trans, input, "right_trans");
+  const int64_t features = input.size(-1);
+  STD_TORCH_CHECK(features == rows * cols, "flatquant: input has ", features,
+                  " features, the factors ", rows, " * ", cols);
+  STD_TORCH_CHECK(!pack_int32 || features % 8 == 0,
+                  "flatquant: pack_int32 needs features to be a multiple of 8, got ", features);
+  STD_TORCH_CHECK(std::isfinite(clip_ratio) && clip_ratio > 0,
+                  "flatquant: clip_ratio must be finite and > 0, got ", clip_ratio);
+  const int64_t stride = token_stride(input);
+
+  const int32_t device = input.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+
+  const auto input_sizes = input.sizes();
+  std::vector<int64_t> scale_sizes(input_sizes.begin(), input_sizes.end() - 1);
+  std::vector<int64_t> code_sizes = scale_sizes;
+  code_sizes.push_back(pack_int32 ? features / 8 : features);
+  Tensor codes =
+      torch::stable::new_empty(input, code_sizes, pack_int32 ? ScalarType::Int : ScalarType::Char);
+  Tensor scales = torch::stable::new_empty(input, scale_sizes, ScalarType::Float);
+  if (input.numel() == 0) return {codes, scales};
+
+  const Problem problem{input.const_data_ptr(),
+                        left_trans.const_data_ptr(),
+                        right_trans.const_data_ptr(),
+                        codes.mutable_data_ptr(),
+                        static_cast<float*>(scales.mutable_data_ptr()),
+                        input.numel() / features,
+                        stride,
+                        static_cast<int>(rows),
+                        static_cast<int>(cols),
+                        static_cast<float>(clip_ratio),
+                        dtype,
+                        pack_int32 ? Storage::int32 : Storage::int8};
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  launch(choose_kernel(kernel, problem), problem, static_cast<cudaStream_t>(stream));
+  return {codes, scales};
+}
+
+std::string kernel_names_op(int64_t rows, int64_t cols, ScalarType dtype,
+                            int64_t compute_capability) {
+  const int capability = static_cast<int>(compute_capability);
+  if (!covers(compiled_architectures, capability) || rows > INT32_MAX || cols > INT32_MAX)
+    return "";
+  return kernel_names(
+      {capability, to_dtype(dtype), static_cast<int>(rows), static_cast<int>(cols)});
+}
+
+std::string cuda_archs() { return std::string(compiled_architectures); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(flatquant, m) {
+  m.def(
+      "dynamic_quantize(Tensor input, Tensor left_trans, Tensor right_trans, "
+      "float clip_ratio=1.0, bool pack_int32=False, str kernel_name=\"auto\") -> (Tensor, Tensor)");
+  m.def("kernel_names(int M, int N, ScalarType dtype, int compute_capability) -> str");
+  m.def("cuda_archs() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flatquant, CUDA, m) {
+  m.impl("dynamic_quantize", TORCH_BOX(&dynamic_quantize));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flatquant, CompositeExplicitAutograd, m) {
+  m.impl("kernel_names", TORCH_BOX(&kernel_names_op));
+  m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
+}
+
+}  // namespace flatquant
