@@ -1,0 +1,43 @@
+// One kernel for each function of csrc/sm90/hopper.cuh that the emulator's twin replaces, so that a
+// test can read in the PTX which instruction it is and with which operands.
+#include "sm90/hopper.cuh"
+
+using namespace flatquant::sm90;
+
+extern "C" __global__ void named_barrier(int* out) {
+  named_barrier_sync(3, 96);
+  *out = 1;
+}
+extern "C" __global__ void mbarrier(Mbarrier* barrier) {
+  mbarrier_init(barrier, 5);
+  mbarrier_init_fence();
+  mbarrier_arrive_expect_bytes(barrier, 4096);
+  mbarrier_arrive(barrier);
+  mbarrier_wait(barrier, 1);
+}
+extern "C" __global__ void copy(const __grid_constant__ CUtensorMap map, Mbarrier* barrier,
+                                void* shared, int x, int y, int z) {
+  tma_load_3d(&map, barrier, shared, x, y, z);
+  fence_proxy_async();
+}
+extern "C" __global__ void products(float* out, uint64_t a, uint64_t b) {
+  float d[12];
+  uint32_t registers[4];
+  for (int i = 0; i < 12; ++i) d[i] = out[i];
+  for (int i = 0; i < 4; ++i) registers[i] = __float_as_uint(out[12 + i]);
+  wgmma_begin(registers);
+  wgmma_begin(d);
+  wgmma<__half, 24>(d, a, b, false);
+  wgmma<__nv_bfloat16, 24>(d, registers, b, true);
+  wgmma_commit();
+  wgmma_wait(d);
+  for (int i = 0; i < 12; ++i) out[i] = d[i];
+}
+extern "C" __global__ void __launch_bounds__(256, 1) registers(float* out) {
+  if (threadIdx.x < 128) {
+    lower_registers<40>();
+  } else {
+    raise_registers<232>();
+  }
+  out[threadIdx.x] = warp_max(out[threadIdx.x]);
+}

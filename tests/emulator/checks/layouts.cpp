@@ -1,0 +1,104 @@
+// Compares the shared-memory layouts and wgmma descriptors of csrc/sm90 with CuTe's, on the host:
+// Panel::offset with the tiled GMMA atoms, wgmma_descriptor and its advance with make_gmma_desc.
+// The descriptors of csrc/sm90/hopper.cuh are compared, and those of the emulator with them.
+#include "../cuda_emulator.h"
+// CuTe's shared-memory addresses, on the host too.
+#define CUTE_CVTA_GENERIC_TO_SHARED_ACTIVATED 1
+inline size_t __cvta_generic_to_shared(const void* pointer) {
+  return emulator::shared_address(pointer);
+}
+#include <cute/atom/mma_traits_sm90_gmma.hpp>
+#include <cute/tensor.hpp>
+
+#include "../descriptor.h"
+#include "sm90/config.h"
+#include "sm90/hopper.cuh"
+
+using namespace cute;
+using namespace flatquant::sm90;
+namespace gmma = cute::SM90::GMMA;
+
+static int compared = 0, wrong = 0;
+
+static void expect_equal(uint64_t ours, uint64_t theirs, const char* what, int cols, int depth,
+                         int position) {
+  ++compared;
+  if (ours == theirs) return;
+  if (++wrong <= 20) {
+    std::printf("%s, %d columns, depth %d, at %d: %#llx, CuTe has %#llx\n", what, cols, depth,
+                position, static_cast<unsigned long long>(ours),
+                static_cast<unsigned long long>(theirs));
+  }
+}
+
+template <int width>
+struct Atom;
+template <>
+struct Atom<16> {
+  using type = gmma::Layout_MN_SW32_Atom<half_t>;
+};
+template <>
+struct Atom<32> {
+  using type = gmma::Layout_MN_SW64_Atom<half_t>;
+};
+template <>
+struct Atom<64> {
+  using type = gmma::Layout_MN_SW128_Atom<half_t>;
+};
+
+// A matrix of `depth` k-rows and `cols` columns in panels of `width`, of which one wgmma takes
+// tiles of `tile_cols` x 16.
+template <int width, int cols, int tile_cols, int depth>
+void check_matrix() {
+  emulator::SharedMemory& memory = emulator::machine().shared;
+  memory.reset(cols * depth * 2);
+  auto* base = reinterpret_cast<half_t*>(memory.dynamic());
+  const auto layout =
+      tile_to_shape(typename Atom<width>::type(), Shape<Int<cols>, Int<depth>>(), Step<_2, _1>());
+  const auto matrix = make_tensor(make_smem_ptr(base), layout);
+  for (int k = 0; k < depth; ++k) {
+    for (int col = 0; col < cols; ++col) {
+      expect_equal(Panel::offset(width, depth, k, col), &matrix(col, k) - base, "Panel::offset",
+                   cols, depth, k * cols + col);
+    }
+  }
+
+  // A tile of one panel has no stride between panels; CuTe then leaves the field 0.
+  constexpr uint64_t fields = tile_cols == width ? ~uint64_t(0x3fff0000) : ~uint64_t(0);
+  constexpr int panel_stride = depth * width * 2;
+  for_each(make_int_sequence<cols / tile_cols>(), [&](auto tile) {
+    // Each step is a type of CuTe's, and costs compile time: the first and the last.
+    for_each(std::integer_sequence<int, 0, depth / 16 - 1>(), [&](auto step) {
+      const auto part = local_tile(matrix, Shape<Int<tile_cols>, _16>(), make_coord(tile, step));
+      const uint64_t cute_descriptor = gmma::make_gmma_desc<gmma::Major::MN>(part);
+      const int first = tile * (tile_cols / width) * panel_stride;
+      const unsigned char* shared = memory.dynamic() + first;
+      const uint64_t descriptor = advance(
+          wgmma_descriptor(shared, static_cast<flatquant::sm90::Swizzle>(width * 2), panel_stride),
+          step * 16 * width * 2);
+      expect_equal(descriptor & fields, cute_descriptor & fields, "wgmma_descriptor", cols, depth,
+                   step);
+      const emulator::Descriptor ours{emulator::shared_address(shared) + step * 16 * width * 2,
+                                      panel_stride, 16 * width, 0, width * 2};
+      expect_equal(ours.encode(), descriptor, "emulator's descriptor", cols, depth, step);
+    });
+  });
+}
+
+template <int... indices>
+void check_classes(std::integer_sequence<int, indices...>) {
+  auto check = [](auto index) {
+    constexpr ShapeClass shape = shape_classes[index];
+    constexpr int width = Panel::width(shape.cols);
+    check_matrix<width, shape.cols, shape.cols, shape.cols>();    // right
+    check_matrix<width, shape.cols, shape.cols, shape.depth>();   // token
+    check_matrix<64, 64 * shape.row_tiles(), 64, shape.depth>();  // left
+  };
+  (check(std::integral_constant<int, indices>()), ...);
+}
+
+int main() {
+  check_classes(std::make_integer_sequence<int, shape_class_count>());
+  std::printf("%d comparisons, %d wrong\n", compared, wrong);
+  return wrong != 0;
+}

@@ -1,0 +1,88 @@
+// The functions of csrc/sm90/hopper.cuh for the host: what the kernel's own source is compiled with
+// to run in the emulator.
+#pragma once
+
+#include "cuda_emulator.h"
+#include "mbarrier.h"
+#include "tensor_map.h"
+#include "wgmma.h"
+
+namespace flatquant::sm90 {
+
+inline unsigned char* dynamic_shared_memory() { return emulator::machine().shared.dynamic(); }
+
+inline void named_barrier_sync(int barrier, int threads) {
+  emulator::machine().barrier_sync(8 + barrier, threads);  // CUTLASS keeps 0..7
+}
+
+using Mbarrier = uint64_t;
+
+inline void mbarrier_init(Mbarrier* barrier, int arrivals) {
+  emulator::mbarriers().init(barrier, arrivals);
+}
+inline void mbarrier_init_fence() { emulator::mbarriers().init_fence(); }
+inline void mbarrier_arrive(Mbarrier* barrier) { emulator::mbarriers().arrive(barrier, 0); }
+inline void mbarrier_arrive_expect_bytes(Mbarrier* barrier, uint32_t bytes) {
+  emulator::mbarriers().arrive(barrier, bytes);
+}
+inline void mbarrier_wait(Mbarrier* barrier, uint32_t parity) {
+  emulator::mbarriers().wait(barrier, parity);
+}
+
+inline void prefetch_l2(const void*) {}
+
+inline void fence_proxy_async() { emulator::machine().shared.publish(); }
+
+inline void tma_prefetch_map(const CUtensorMap* map) { emulator::TensorMap::decode(map); }
+inline void tma_load_3d(const CUtensorMap* map, Mbarrier* barrier, void* shared, int x, int y,
+                        int z) {
+  emulator::tma_load(map, barrier, shared, x, y, z);
+}
+
+enum class Swizzle : int { bytes32 = 32, bytes64 = 64, bytes128 = 128 };
+
+inline uint64_t wgmma_descriptor(const void* shared, Swizzle swizzle, int panel_stride) {
+  const int span = static_cast<int>(swizzle);
+  return emulator::Descriptor{emulator::shared_address(shared), panel_stride, 8 * span, 0, span}
+      .encode();
+}
+inline uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
+
+template <class Element>
+constexpr emulator::ElementType wgmma_element =
+    std::is_same_v<Element, __half> ? emulator::ElementType::half : emulator::ElementType::bfloat16;
+
+template <class Element, int n>
+void wgmma(float (&d)[n / 2], uint64_t a, uint64_t b, bool accumulate) {
+  emulator::wgmma_unit().issue({wgmma_element<Element>, n, false, a, b, accumulate}, d, nullptr);
+}
+template <class Element, int n>
+void wgmma(float (&d)[n / 2], const uint32_t* a, uint64_t b, bool accumulate) {
+  emulator::wgmma_unit().issue({wgmma_element<Element>, n, true, 0, b, accumulate}, d, a);
+}
+
+template <class... Registers>
+void wgmma_begin(Registers&... registers) {
+  (emulator::wgmma_unit().fence(registers, sizeof registers), ...);
+}
+inline void wgmma_commit() { emulator::wgmma_unit().commit(); }
+template <int count>
+void wgmma_wait(float (&d)[count]) {
+  emulator::wgmma_unit().wait(d);
+}
+
+template <int registers>
+void raise_registers() {
+  emulator::machine().set_registers(registers, true);
+}
+template <int registers>
+void lower_registers() {
+  emulator::machine().set_registers(registers, false);
+}
+
+inline int warp_uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+inline float warp_max(float value) {
+  return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value)));
+}
+
+}  // namespace flatquant::sm90
