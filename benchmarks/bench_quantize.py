@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+# Installed or not: a checkout finds itself.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-import flatquant  # noqa: E402
+import flatquant
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 TRITON_CHOICES = [(warps, blocks) for warps in (4, 8) for blocks in (1, 2, 4)]

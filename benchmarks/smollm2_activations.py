@@ -32,6 +32,9 @@ from statistics import mean
 
 import torch
 
+# Installed or not: a checkout finds itself.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
 from flatquant import CUDA_AVAILABLE, available_kernels, get_decompose_dim, reference, sample
 from flatquant.sample import LinearInput, Result
 
