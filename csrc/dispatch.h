@@ -10,12 +10,43 @@
 
 namespace flatquant {
 
-// What the table is asked. compute_capability is 10 * major + minor.
+// What the table is asked. compute_capability is 10 * major + minor; architectures is what the
+// binary was built for, such as "80;90a;120+PTX".
 struct Query {
   int compute_capability;
+  std::string_view architectures;
   Dtype dtype;
   int rows, cols;
 };
+
+// Whether any entry of `architectures` has code for the device: a number covers its own major
+// version from that minor version on, a number with a letter only itself, +PTX everything later.
+constexpr bool covers(std::string_view architectures, int compute_capability,
+                      bool only_specific = false) {
+  while (!architectures.empty()) {
+    std::string_view entry = architectures.substr(0, architectures.find(';'));
+    architectures.remove_prefix(entry.size() < architectures.size() ? entry.size() + 1
+                                                                    : architectures.size());
+    const size_t plus = entry.find('+');
+    const bool has_ptx = plus != std::string_view::npos;
+    entry = entry.substr(0, plus);
+    int number = 0;
+    bool is_specific = false;
+    for (const char c : entry) {
+      if (c >= '0' && c <= '9') {
+        number = 10 * number + (c - '0');
+      } else if (c == 'a') {
+        is_specific = true;
+      }
+    }
+    if (is_specific && compute_capability == number) return true;
+    if (only_specific) continue;
+    const bool later = compute_capability >= number;
+    if (!is_specific && later && compute_capability / 10 == number / 10) return true;
+    if (has_ptx && later) return true;
+  }
+  return false;
+}
 
 struct KernelEntry {
   std::string_view name;
@@ -24,13 +55,16 @@ struct KernelEntry {
 
 // Best first: "auto" takes the first that serves the problem.
 inline constexpr KernelEntry kernel_table[] = {
-    {"sm90",
+    {"sm90",  // in binaries with code for 90a alone: elsewhere it is compiled empty
      [](const Query& q) {
-       return q.compute_capability == 90 && q.dtype != Dtype::float32 &&
-              sm90::serves(q.rows, q.cols);
+       return q.compute_capability == 90 && covers(q.architectures, 90, true) &&
+              q.dtype != Dtype::float32 && sm90::serves(q.rows, q.cols);
      }},
     {"simt",
-     [](const Query& q) { return q.compute_capability >= 60 && simt::serves(q.rows, q.cols); }},
+     [](const Query& q) {
+       return q.compute_capability >= 60 && covers(q.architectures, q.compute_capability) &&
+              simt::serves(q.rows, q.cols);
+     }},
 };
 
 // Names of the kernels that serve the problem, best first, comma-separated.
@@ -42,27 +76,6 @@ inline std::string kernel_names(const Query& query) {
     names += kernel.name;
   }
   return names;
-}
-
-// Whether a binary built for `architectures` ("80;90a;120+PTX") has code for the device: a number
-// covers its own major version from that minor version on, a number with 'a' only itself, +PTX
-// everything later.
-constexpr bool covers(std::string_view architectures, int compute_capability) {
-  while (!architectures.empty()) {
-    const std::string_view entry = architectures.substr(0, architectures.find(';'));
-    architectures.remove_prefix(entry.size() < architectures.size() ? entry.size() + 1
-                                                                    : architectures.size());
-    int number = 0;
-    size_t digits = 0;
-    while (digits < entry.size() && entry[digits] >= '0' && entry[digits] <= '9') {
-      number = 10 * number + (entry[digits++] - '0');
-    }
-    const std::string_view suffix = entry.substr(digits);
-    const bool same_major = compute_capability / 10 == number / 10 && compute_capability >= number;
-    if (suffix == "a" ? compute_capability == number : same_major) return true;
-    if (suffix == "+PTX" && compute_capability >= number) return true;
-  }
-  return false;
 }
 
 }  // namespace flatquant

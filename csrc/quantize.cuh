@@ -78,17 +78,16 @@ struct TokenScale {
   float factor = 1.0f;  // a power of two
   float limit = 0.0f;   // the scale of prepared values
 
-  FLATQUANT_HOST_DEVICE TokenScale(float token_max, float clip_ratio, float unit = 1.0f)
-      : scale(divide_by_7(clip_ratio * (token_max * unit))) {
+  FLATQUANT_HOST_DEVICE TokenScale(float token_max, float clip_ratio)
+      : scale(divide_by_7(clip_ratio * token_max)) {
     needs_prepare = clip_ratio < 1.0f || !(scale >= 0x1p-100f && scale <= 0x1p100f);
-    inverse = reciprocal(scale) * unit;
+    inverse = reciprocal(scale);
     if (needs_prepare) {
       has_codes = scale > 0.0f && scale - scale == 0.0f;
       if (scale == 0.0f) scale = 1.0f;
       factor = scale < 0x1p-100f ? 0x1p64f : scale > 0x1p100f ? 0x1p-64f : 1.0f;
       limit = scale * factor;
       inverse = has_codes ? reciprocal(limit) : 0.0f;
-      factor *= unit;
     }
   }
 

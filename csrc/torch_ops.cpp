@@ -42,10 +42,13 @@ void launch_sm90(const Problem& problem, cudaStream_t stream) {
 }
 
 void launch(std::string_view kernel, const Problem& problem, cudaStream_t stream) {
+  // Every name in kernel_table has its branch here.
   if (kernel == "sm90") {
     return problem.dtype == Dtype::float16 ? launch_sm90<__half>(problem, stream)
                                            : launch_sm90<__nv_bfloat16>(problem, stream);
   }
+  STD_TORCH_CHECK(kernel == "simt", "flatquant: kernel '", std::string(kernel),
+                  "' is in the table and has no launcher");
   switch (problem.dtype) {
     case Dtype::float16:
       return simt::launch<__half>(problem, stream);
@@ -100,19 +103,22 @@ bool aligned(const void* pointer, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
-// What a kernel asks of these tensors beyond what the table knows: sm90 reads 16-byte units.
+// What a kernel asks of these tensors beyond what the table knows: sm90 reads 16-byte units, and
+// the copy engine counts tokens in int32.
 bool fits_memory(std::string_view kernel, const Problem& problem) {
-  return kernel != "sm90" || (problem.input_stride % 8 == 0 && aligned(problem.input, 16) &&
-                              aligned(problem.left, 16) && aligned(problem.right, 16));
+  return kernel != "sm90" ||
+         (problem.tokens <= INT32_MAX && problem.input_stride % 8 == 0 &&
+          aligned(problem.input, 16) && aligned(problem.left, 16) && aligned(problem.right, 16));
 }
 
 int current_compute_capability(const Problem& problem) {
-  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, "dispatch", problem) +
-         device_attribute(cudaDevAttrComputeCapabilityMinor, "dispatch", problem);
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, "auto", problem) +
+         device_attribute(cudaDevAttrComputeCapabilityMinor, "auto", problem);
 }
 
 std::string_view choose_kernel(const std::string& asked, const Problem& problem) {
-  const Query query{current_compute_capability(problem), problem.dtype, problem.rows, problem.cols};
+  const Query query{current_compute_capability(problem), compiled_architectures, problem.dtype,
+                    problem.rows, problem.cols};
   STD_TORCH_CHECK(covers(compiled_architectures, query.compute_capability),
                   "flatquant: built for sm_", std::string(compiled_architectures),
                   ", this GPU is sm_", query.compute_capability,
@@ -121,9 +127,11 @@ std::string_view choose_kernel(const std::string& asked, const Problem& problem)
     if (asked != "auto" && asked != kernel.name) continue;
     if (kernel.serves(query) && fits_memory(kernel.name, problem)) return kernel.name;
   }
+  const std::string names = kernel_names(query);
   STD_TORCH_CHECK(false, "flatquant: kernel '", asked, "' does not serve ", describe(problem),
                   " with row stride ", problem.input_stride, " on sm_", query.compute_capability,
-                  "; for these sizes: ", kernel_names(query));
+                  "; for these sizes there is: ",
+                  names.empty() ? std::string("none but the reference (use_cuda=False)") : names);
 }
 
 std::tuple<Tensor, Tensor> dynamic_quantize(Tensor input, Tensor left_trans, Tensor right_trans,
@@ -139,8 +147,9 @@ std::tuple<Tensor, Tensor> dynamic_quantize(Tensor input, Tensor left_trans, Ten
                   " features, the factors ", rows, " * ", cols);
   STD_TORCH_CHECK(!pack_int32 || features % 8 == 0,
                   "flatquant: pack_int32 needs features to be a multiple of 8, got ", features);
-  STD_TORCH_CHECK(std::isfinite(clip_ratio) && clip_ratio > 0,
-                  "flatquant: clip_ratio must be finite and > 0, got ", clip_ratio);
+  const float clip = static_cast<float>(clip_ratio);
+  STD_TORCH_CHECK(std::isfinite(clip) && clip > 0,
+                  "flatquant: clip_ratio must be finite and > 0 as float32, got ", clip_ratio);
   const int64_t stride = token_stride(input);
 
   const int32_t device = input.get_device_index();
@@ -164,7 +173,7 @@ std::tuple<Tensor, Tensor> dynamic_quantize(Tensor input, Tensor left_trans, Ten
                         stride,
                         static_cast<int>(rows),
                         static_cast<int>(cols),
-                        static_cast<float>(clip_ratio),
+                        clip,
                         dtype,
                         pack_int32 ? Storage::int32 : Storage::int8};
   void* stream = nullptr;
@@ -175,11 +184,9 @@ std::tuple<Tensor, Tensor> dynamic_quantize(Tensor input, Tensor left_trans, Ten
 
 std::string kernel_names_op(int64_t rows, int64_t cols, ScalarType dtype,
                             int64_t compute_capability) {
-  const int capability = static_cast<int>(compute_capability);
-  if (!covers(compiled_architectures, capability) || rows > INT32_MAX || cols > INT32_MAX)
-    return "";
-  return kernel_names(
-      {capability, to_dtype(dtype), static_cast<int>(rows), static_cast<int>(cols)});
+  if (rows > INT32_MAX || cols > INT32_MAX) return "";
+  return kernel_names({static_cast<int>(compute_capability), compiled_architectures,
+                       to_dtype(dtype), static_cast<int>(rows), static_cast<int>(cols)});
 }
 
 std::string cuda_archs() { return std::string(compiled_architectures); }

@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps({**system, "results": [_json(r) for r in results], "ok": ok}, indent=2))
     else:
         _print_results(title, results)
+        if system["gpu"] and not CUDA_AVAILABLE:
+            print("NOTE: the GPU of this machine was not used; these are the reference's results.")
     return 0 if ok else 1
 
 

@@ -1,8 +1,9 @@
 """The operator in plain PyTorch, on any device: the meaning the kernels are held to.
 
 With ``compute_dtype=torch.float64`` it is the oracle of the tests. Nothing is rounded between the
-two products. Results for one token may depend on the batch in the last bits, as those of any
-matrix product in PyTorch do; the kernels promise more.
+two products, except that float32 products on CUDA follow ``torch.get_float32_matmul_precision()``.
+Results for one token may depend on the batch in the last bits, as those of any matrix product in
+PyTorch do; the kernels promise more.
 """
 
 import torch

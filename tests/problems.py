@@ -50,7 +50,7 @@ def random_problem(M: int, N: int, tokens: int, dtype: torch.dtype, device: str 
         return normal.to(dtype).contiguous()
 
     with torch.device(device):
-        sizes = torch.exp2(torch.randint(-3, 8, (tokens, 1)))
+        sizes = torch.exp2(torch.randint(-10, 8, (tokens, 1)))
         x = (torch.randn(tokens, M * N) * sizes).to(dtype)
         return Problem(x, factor(M), factor(N))
 

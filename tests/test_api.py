@@ -398,7 +398,7 @@ def test_an_extension_that_is_there_loads_wherever_torch_has_cuda() -> None:
 def test_the_architectures_are_those_of_the_extension() -> None:
     if _library.EXTENSION_LOADED:
         assert flatquant.__cuda_archs__
-        assert all(re.fullmatch(r"\d+a?(\+PTX)?", arch) for arch in flatquant.__cuda_archs__)
+        assert all(re.fullmatch(r"\d+[af]?(\+PTX)?", arch) for arch in flatquant.__cuda_archs__)
     else:
         assert flatquant.__cuda_archs__ == ()
         assert not flatquant.CUDA_AVAILABLE

@@ -9,8 +9,10 @@ constexpr int tile_cols = 32;  // one for each lane
 constexpr int tile_depth = 32;
 constexpr int a_pitch = tile_rows + 4;  // keeps rows 16-byte aligned and off each other's banks
 
+// One column of U must fit the 48 KiB of shared memory that every GPU has; a factor's elements are
+// counted in int.
 constexpr int max_rows = 8192;
-constexpr int max_cols = 8192;
+constexpr int max_cols = 32768;
 
 constexpr bool serves(int rows, int cols) {
   return rows >= 1 && rows <= max_rows && cols >= 1 && cols <= max_cols;

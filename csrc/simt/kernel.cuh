@@ -1,4 +1,5 @@
-// The CUDA-core kernel: any rows and cols, all dtypes, no tensor core and nothing newer than sm_60.
+// The CUDA-core kernel: any rows and cols, all dtypes, no tensor core, and it runs on sm_60 (newer
+// builds use max.NaN, see quantize.cuh).
 // A block works on one token at a time. For a chunk of columns at a time
 //   U = X @ right[:, chunk]     into shared memory, float
 //   Y[:, chunk] = left^T @ U

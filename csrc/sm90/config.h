@@ -122,7 +122,7 @@ struct Config {
   static constexpr int ring_offset = left_offset + depth * 64 * row_tiles * 2;
   static constexpr int stage_bytes = (token_bytes + 1023) / 1024 * 1024;
   static constexpr int stages_that_fit = (227 * 1024 - ring_offset) / stage_bytes;
-  // 64 KiB in flight cover the latency of memory at full bandwidth; small tokens take many for it.
+  // Some 64 KiB in flight cover the latency of memory; more than 32 stages was not tried.
   static constexpr int max_stages = 32;
   static constexpr int stages_wanted = stages_that_fit < max_stages ? stages_that_fit : max_stages;
   // A multiple of groups gives every stage to one group. A barrier's parity tells two phases apart;

@@ -25,7 +25,6 @@ struct SharedStorage {
   Mbarrier full[Config::stages];   // a token has arrived
   Mbarrier empty[Config::stages];  // every warp of its group is done with it
   alignas(16) float maxima[2][Config::groups][Config::group_threads / 32];
-  float left_norm[Config::consumers / 32];
 };
 
 template <class Config>
@@ -42,7 +41,7 @@ struct SharedMemory {
   }
 };
 
-enum NamedBarrier : int { all_consumers, group_maxima };  // group_maxima + group
+enum NamedBarrier : int { factors_staged, group_maxima };  // group_maxima + group
 
 // Tokens of a block are blockIdx.x, blockIdx.x + gridDim.x, ...; the i-th uses stage i % stages,
 // for the i / stages-th time.
@@ -140,48 +139,6 @@ __device__ void stage_factors(const Problem& problem, const SharedMemory<Config>
       });
 }
 
-// Keeps W in float16's range for every input in it: |W| <= max|X| * the largest column sum of
-// |left|. Scales the staged left factor by a power of two to make that sum at most 1, and returns
-// what a Y of 1 then stands for. Codes and scales are those of the unscaled factor.
-template <class Config>
-__device__ float limit_left(const SharedMemory<Config>& shared) {
-  using Element = typename Config::Element;
-  if constexpr (!std::is_same_v<Element, __half>) {
-    return 1.0f;
-  } else {
-    auto* left = reinterpret_cast<Element*>(shared.left);
-    constexpr int left_cols = 64 * Config::row_tiles;
-    float sum = 0.0f;
-    if (threadIdx.x < left_cols) {
-#pragma unroll 8
-      for (int k = 0; k < Config::depth; ++k) {
-        sum += fabsf(__half2float(left[Panel::offset(64, Config::depth, k, threadIdx.x)]));
-      }
-    }
-    sum = warp_max(sum);
-    if (threadIdx.x % 32 == 0) shared.storage->left_norm[threadIdx.x / 32] = sum;
-    named_barrier_sync(all_consumers, Config::consumers);
-    float norm = 0.0f;
-#pragma unroll
-    for (int warp = 0; warp < Config::consumers / 32; ++warp) {
-      norm = fmaxf(norm, shared.storage->left_norm[warp]);
-    }
-    // The next power of two, from the exponent bits; a factor with NaN or Inf is left as it is.
-    if (!(norm > 1.0f) || norm == INFINITY) return 1.0f;
-    const float unit = __uint_as_float((__float_as_uint(norm) + 0x7fffffu) & 0x7f800000u);
-    const float inverse = reciprocal(unit);
-    auto* octets = reinterpret_cast<Octet<Element>*>(shared.left);
-    for (int i = threadIdx.x; i < Config::depth * left_cols / 8; i += Config::consumers) {
-      Octet<Element> octet = octets[i];
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-        octet.values[j] = __float2half_rn(__half2float(octet.values[j]) * inverse);
-      octets[i] = octet;
-    }
-    return unit;
-  }
-}
-
 __device__ __forceinline__ uint32_t pack_pair(__half, float low, float high) {
   const __half2 pair = __floats2half2_rn(low, high);
   return reinterpret_cast<const uint32_t&>(pair);
@@ -204,21 +161,65 @@ __device__ void start_first_product(float (&w)[Config::cols / 2], uint64_t left,
   wgmma_commit();
 }
 
-// Y = W @ right for 64 rows: an accumulator of W is, in the same order, an A fragment.
+// Whether a warp's float16 fragments hold Inf or NaN.
+template <int count>
+__device__ bool has_non_finite(const uint32_t (&fragments)[count]) {
+  uint32_t largest[4] = {};
+#pragma unroll
+  for (int i = 0; i < count; ++i) largest[i % 4] = absmax_half2(largest[i % 4], fragments[i]);
+  const uint32_t both =
+      absmax_half2(absmax_half2(largest[0], largest[1]), absmax_half2(largest[2], largest[3]));
+  return warp_any((both & 0x7c00u) == 0x7c00u || (both & 0x7c000000u) == 0x7c000000u);
+}
+
+// W as A fragments: an accumulator of W is one, in the same order. Returns the power of two that
+// the warp's rows of W were divided by: 1, unless W is finite but beyond float16's range, where Y
+// need not be.
+template <class Config>
+__device__ float make_fragments(uint32_t (&a)[Config::cols / 4],
+                                const float (&w)[Config::cols / 2]) {
+  using Element = typename Config::Element;
+#pragma unroll
+  for (int i = 0; i < Config::cols / 4; ++i) a[i] = pack_pair(Element(), w[2 * i], w[2 * i + 1]);
+  if constexpr (std::is_same_v<Element, __half>) {
+    if (has_non_finite(a)) {
+      float max = 0.0f;
+#pragma unroll
+      for (int i = 0; i < Config::cols / 2; ++i) max = absmax(max, w[i]);
+      max = warp_max(max);
+      if (max - max == 0.0f) {
+        // max / unit is in [2^14, 2^15).
+        const float unit = bits_float((float_bits(max) & 0x7f800000u) - (14u << 23));
+        const float inverse = reciprocal(unit);
+#pragma unroll
+        for (int i = 0; i < Config::cols / 4; ++i) {
+          a[i] = pack_pair(Element(), w[2 * i] * inverse, w[2 * i + 1] * inverse);
+        }
+        return unit;
+      }
+    }
+  }
+  return 1.0f;
+}
+
+// Y = W @ right for 64 rows.
 template <class Config>
 __device__ void second_product(float (&y)[Config::cols / 2], const float (&w)[Config::cols / 2],
                                uint64_t right) {
-  using Element = typename Config::Element;
   uint32_t a[Config::cols / 4];
-#pragma unroll
-  for (int i = 0; i < Config::cols / 4; ++i) a[i] = pack_pair(Element(), w[2 * i], w[2 * i + 1]);
+  const float unit = make_fragments<Config>(a, w);
   wgmma_begin(a, y);
 #pragma unroll
   for (int k = 0; k < Config::cols; k += 16) {
-    wgmma<Element, Config::cols>(y, a + k / 4, advance(right, k * Config::width * 2), k != 0);
+    wgmma<typename Config::Element, Config::cols>(y, a + k / 4,
+                                                  advance(right, k * Config::width * 2), k != 0);
   }
   wgmma_commit();
   wgmma_wait(y);
+  if (unit != 1.0f) {
+#pragma unroll
+    for (int i = 0; i < Config::cols / 2; ++i) y[i] *= unit;
+  }
 }
 
 // This thread's share of one token: rows first_row and first_row + 8, of each the columns that
@@ -349,9 +350,9 @@ __device__ void store_codes(const float (&y)[Config::cols / 2], float inverse,
 
 template <class Config>
 __device__ void epilogue(float (&y)[Config::cols / 2], const Problem& problem, int64_t token,
-                         ThreadRows thread, float* maxima, int group, float unit) {
+                         ThreadRows thread, float* maxima, int group) {
   const float max = token_max<Config>(y, problem, thread, maxima, group);
-  const TokenScale scale(max, problem.clip_ratio, unit);
+  const TokenScale scale(max, problem.clip_ratio);
   if (threadIdx.x % Config::group_threads == 0) problem.scales[token] = scale.scale;
   if (scale.needs_prepare) {
 #pragma unroll
@@ -365,7 +366,7 @@ __device__ void epilogue(float (&y)[Config::cols / 2], const Problem& problem, i
 }
 
 template <class Config>
-__device__ void consume(const Problem& problem, const SharedMemory<Config>& shared, float unit) {
+__device__ void consume(const Problem& problem, const SharedMemory<Config>& shared) {
   // Read from one lane, so that the compiler knows the loop to be uniform in the warp.
   const int group = warp_uniform(threadIdx.x / Config::group_threads);
   const int row_tile = threadIdx.x / 128 % Config::row_tiles;
@@ -403,7 +404,7 @@ __device__ void consume(const Problem& problem, const SharedMemory<Config>& shar
     // The tensor cores work on the next token while this one is quantised.
     if constexpr (Config::overlaps) start(token + step);
     // Two sets of maxima: a warp may be a token ahead of the slowest reader of the last set.
-    epilogue<Config>(y, problem, token, thread, shared.storage->maxima[set][group], group, unit);
+    epilogue<Config>(y, problem, token, thread, shared.storage->maxima[set][group], group);
     set ^= 1;
     if constexpr (!Config::overlaps) start(token + step);
     token += step;
@@ -433,11 +434,9 @@ __global__ void __launch_bounds__(Config::threads, 1)
   } else {
     raise_registers<consumer_registers(Config::consumers / 128)>();
     stage_factors<Config>(problem, shared);
-    named_barrier_sync(all_consumers, Config::consumers);
-    const float unit = limit_left<Config>(shared);
     fence_proxy_async();
-    named_barrier_sync(all_consumers, Config::consumers);
-    consume<Config>(problem, shared, unit);
+    named_barrier_sync(factors_staged, Config::consumers);
+    consume<Config>(problem, shared);
   }
 #endif
 }

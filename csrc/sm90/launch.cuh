@@ -1,4 +1,4 @@
-// From a problem to a launch: tensor map, grid and the instantiation for the column class.
+// From a problem to a launch: tensor map, grid and the instantiation for the shape class.
 #pragma once
 
 #include <cudaTypedefs.h>
@@ -22,7 +22,8 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder(const Problem& probl
                                                 cudaEnableDefault, &found),
                "sm90", problem);
     if (found != cudaDriverEntryPointSuccess) {
-      throw std::runtime_error("flatquant: the driver has no cuTensorMapEncodeTiled (CUDA 12)");
+      throw std::runtime_error("flatquant: kernel 'sm90' failed on " + describe(problem) +
+                               ": the driver has no cuTensorMapEncodeTiled (CUDA 12)");
     }
     return function;
   }();
