@@ -197,7 +197,6 @@ INSTRUCTIONS = {
         r"setmaxnreg\.inc\.sync\.aligned\.u32 232;",
         r"redux\.sync\.max\.u32 ",
     ],
-    "pairs": [r"max\.NaN\.xorsign\.abs\.f16x2 ", r"vote\.sync\.any\.pred"],
 }
 
 

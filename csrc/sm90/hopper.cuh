@@ -175,8 +175,6 @@ __device__ __forceinline__ int warp_uniform(int value) {
   return __shfl_sync(0xffffffffu, value, 0);
 }
 
-__device__ __forceinline__ bool warp_any(bool value) { return __any_sync(0xffffffffu, value) != 0; }
-
 // Largest of the warp's non-negative or NaN values; NaN wins (see absmax in quantize.cuh).
 __device__ __forceinline__ float warp_max(float value) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -184,13 +182,6 @@ __device__ __forceinline__ float warp_max(float value) {
 #else
   return value;  // never called: older architectures compile the kernel empty
 #endif
-}
-
-// Larger magnitude of each of two float16 pairs; NaN wins. The signs of the result mean nothing.
-__device__ __forceinline__ uint32_t absmax_half2(uint32_t a, uint32_t b) {
-  uint32_t result;
-  asm("max.NaN.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
-  return result;
 }
 
 }  // namespace flatquant::sm90

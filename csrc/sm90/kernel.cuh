@@ -161,53 +161,33 @@ __device__ void start_first_product(float (&w)[Config::cols / 2], uint64_t left,
   wgmma_commit();
 }
 
-// Whether a warp's float16 fragments hold Inf or NaN.
+// Brings a warp's rows of W into float16's range where they are finite but beyond it: Y need not
+// be. Returns the power of two that they were divided by, nearly always 1.
 template <int count>
-__device__ bool has_non_finite(const uint32_t (&fragments)[count]) {
-  uint32_t largest[4] = {};
+__device__ float limit_to_half(float (&w)[count]) {
+  float max[4] = {};
 #pragma unroll
-  for (int i = 0; i < count; ++i) largest[i % 4] = absmax_half2(largest[i % 4], fragments[i]);
-  const uint32_t both =
-      absmax_half2(absmax_half2(largest[0], largest[1]), absmax_half2(largest[2], largest[3]));
-  return warp_any((both & 0x7c00u) == 0x7c00u || (both & 0x7c000000u) == 0x7c000000u);
+  for (int i = 0; i < count; ++i) max[i % 4] = absmax(max[i % 4], w[i]);
+  const float largest = warp_max(absmax(absmax(max[0], max[1]), absmax(max[2], max[3])));
+  if (!(largest > 65504.0f) || largest == INFINITY) return 1.0f;
+  // largest / unit is in [2^14, 2^15).
+  const float unit = bits_float((float_bits(largest) & 0x7f800000u) - (14u << 23));
+  const float inverse = reciprocal(unit);
+#pragma unroll
+  for (int i = 0; i < count; ++i) w[i] *= inverse;
+  return unit;
 }
 
-// W as A fragments: an accumulator of W is one, in the same order. Returns the power of two that
-// the warp's rows of W were divided by: 1, unless W is finite but beyond float16's range, where Y
-// need not be.
+// Y = W @ right for 64 rows: an accumulator of W is, in the same order, an A fragment.
 template <class Config>
-__device__ float make_fragments(uint32_t (&a)[Config::cols / 4],
-                                const float (&w)[Config::cols / 2]) {
+__device__ void second_product(float (&y)[Config::cols / 2], float (&w)[Config::cols / 2],
+                               uint64_t right) {
   using Element = typename Config::Element;
+  float unit = 1.0f;
+  if constexpr (std::is_same_v<Element, __half>) unit = limit_to_half(w);
+  uint32_t a[Config::cols / 4];
 #pragma unroll
   for (int i = 0; i < Config::cols / 4; ++i) a[i] = pack_pair(Element(), w[2 * i], w[2 * i + 1]);
-  if constexpr (std::is_same_v<Element, __half>) {
-    if (has_non_finite(a)) {
-      float max = 0.0f;
-#pragma unroll
-      for (int i = 0; i < Config::cols / 2; ++i) max = absmax(max, w[i]);
-      max = warp_max(max);
-      if (max - max == 0.0f) {
-        // max / unit is in [2^14, 2^15).
-        const float unit = bits_float((float_bits(max) & 0x7f800000u) - (14u << 23));
-        const float inverse = reciprocal(unit);
-#pragma unroll
-        for (int i = 0; i < Config::cols / 4; ++i) {
-          a[i] = pack_pair(Element(), w[2 * i] * inverse, w[2 * i + 1] * inverse);
-        }
-        return unit;
-      }
-    }
-  }
-  return 1.0f;
-}
-
-// Y = W @ right for 64 rows.
-template <class Config>
-__device__ void second_product(float (&y)[Config::cols / 2], const float (&w)[Config::cols / 2],
-                               uint64_t right) {
-  uint32_t a[Config::cols / 4];
-  const float unit = make_fragments<Config>(a, w);
   wgmma_begin(a, y);
 #pragma unroll
   for (int k = 0; k < Config::cols; k += 16) {

@@ -501,12 +501,6 @@ T __shfl_down_sync(unsigned mask, T value, int lanes, int width = emulator::warp
   return emulated_shuffle(mask, value, width, "__shfl_down_sync",
                           [&](int lane, int) { return lane + lanes; });
 }
-inline int __any_sync(unsigned mask, int value) {
-  const uint32_t* all = emulator::machine().exchange(mask, value != 0, "__any_sync");
-  uint32_t any = 0;
-  for (int lane = 0; lane < 32; ++lane) any |= (mask >> lane & 1) != 0 ? all[lane] : 0;
-  return static_cast<int>(any);
-}
 inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
   const uint32_t* all = emulator::machine().exchange(mask, value, "__reduce_max_sync");
   unsigned result = 0;

@@ -41,7 +41,3 @@ extern "C" __global__ void __launch_bounds__(256, 1) registers(float* out) {
   }
   out[threadIdx.x] = warp_max(out[threadIdx.x]);
 }
-extern "C" __global__ void pairs(uint32_t* out) {
-  out[0] = absmax_half2(out[1], out[2]);
-  out[3] = warp_any(out[threadIdx.x] != 0);
-}

@@ -81,16 +81,8 @@ void lower_registers() {
 }
 
 inline int warp_uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
-inline bool warp_any(bool value) { return __any_sync(0xffffffffu, value) != 0; }
 inline float warp_max(float value) {
   return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value)));
-}
-
-// By magnitude float16 bits order as integers do, NaN above Inf.
-inline uint32_t absmax_half2(uint32_t a, uint32_t b) {
-  const uint32_t low_a = a & 0x7fffu, low_b = b & 0x7fffu;
-  const uint32_t high_a = a & 0x7fff0000u, high_b = b & 0x7fff0000u;
-  return (low_a > low_b ? low_a : low_b) | (high_a > high_b ? high_a : high_b);
 }
 
 }  // namespace flatquant::sm90
