@@ -119,14 +119,14 @@ int current_compute_capability(const Problem& problem) {
 std::string_view choose_kernel(const std::string& asked, const Problem& problem) {
   const Query query{current_compute_capability(problem), compiled_architectures, problem.dtype,
                     problem.rows, problem.cols};
-  STD_TORCH_CHECK(covers(compiled_architectures, query.compute_capability),
-                  "flatquant: built for sm_", std::string(compiled_architectures),
-                  ", this GPU is sm_", query.compute_capability,
-                  ": rebuild with FLATQUANT_CUDA_ARCHS=", query.compute_capability);
   for (const KernelEntry& kernel : kernel_table) {
     if (asked != "auto" && asked != kernel.name) continue;
     if (kernel.serves(query) && fits_memory(kernel.name, problem)) return kernel.name;
   }
+  STD_TORCH_CHECK(covers(compiled_architectures, query.compute_capability),
+                  "flatquant: built for sm_", std::string(compiled_architectures),
+                  ", this GPU is sm_", query.compute_capability,
+                  ": rebuild with FLATQUANT_CUDA_ARCHS=", query.compute_capability);
   const std::string names = kernel_names(query);
   STD_TORCH_CHECK(false, "flatquant: kernel '", asked, "' does not serve ", describe(problem),
                   " with row stride ", problem.input_stride, " on sm_", query.compute_capability,
