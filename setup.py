@@ -117,19 +117,23 @@ def torch_folder() -> str:
 def ninja_file(toolkit: Toolkit, archs: list[str], library: Path) -> str:
     """The text of build.ninja, to be run in ROOT; `library` is relative to ROOT."""
     torch, cxx = torch_folder(), os.environ.get("CXX", "c++")
+    newest = max(int(re.match(r"\d+", arch)[0]) for arch in archs)
+    skipped = {path.name for path in ROOT.glob("csrc/sm*") if int(path.name[2:]) > newest}
     cutlass = runpy.run_path(str(ROOT / "third_party" / "cutlass.py"))
     try:
-        cutlass_include = str(cutlass["include_dir"]())
+        # The oldest that a kernel with CUTLASS is for is 80.
+        cutlass_flags = ["-isystem", str(cutlass["include_dir"]())] if newest >= 80 else []
     except cutlass["CutlassError"] as error:
         raise BuildError(str(error)) from None
     # Target the stable ABI of torch 2.10, for device code too: some headers test both macros.
     common = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
     common += ["-Icsrc", "-isystem", f"{torch}/include"]
     host_only = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall"]
-    host_only += [f"-fmacro-prefix-map={folder}/=" for folder in (torch, cutlass_include)]
+    host_only += [f"-fmacro-prefix-map={folder}/=" for folder in (torch, *cutlass_flags[1:])]
     host = [*common, *host_only, f'-DFLATQUANT_CUDA_ARCHS="{";".join(archs)}"']
+    host += [f"-DFLATQUANT_NEWEST_ARCH={newest}"]
     host += [flag for folder in toolkit.include for flag in ("-isystem", folder)]
-    cuda = [*common, "-isystem", cutlass_include, "--expt-relaxed-constexpr", *gencode_flags(archs)]
+    cuda = [*common, *cutlass_flags, "--expt-relaxed-constexpr", *gencode_flags(archs)]
     cuda += ["-ccbin", cxx, f"-Xcompiler={','.join(host_only)}"]
     cuda += shlex.split(os.environ.get("FLATQUANT_NVCC_FLAGS", ""))
     # libtorch.so defines nothing but brings in libtorch_cuda.so, so it must not be dropped.
@@ -143,6 +147,8 @@ def ninja_file(toolkit: Toolkit, archs: list[str], library: Path) -> str:
     objects = []
     for source in sorted([*ROOT.glob("csrc/**/*.cu"), *ROOT.glob("csrc/*.cpp")]):
         name, compiler = source.relative_to(ROOT), "$cuda" if source.suffix == ".cu" else "$host"
+        if name.parts[1] in skipped:
+            continue
         objects.append(f"{library.parent / name}.o")
         lines.append(f"build {objects[-1]}: compile {name}\n  compiler = {compiler}")
     return "\n".join([*lines, f"build {library}: link {' '.join(objects)}\n"])

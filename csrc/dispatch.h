@@ -6,6 +6,7 @@
 
 #include "problem.h"
 #include "simt/config.h"
+#include "sm80/config.h"
 #include "sm90/config.h"
 
 namespace flatquant {
@@ -19,10 +20,11 @@ struct Query {
   int rows, cols;
 };
 
-// Whether any entry of `architectures` has code for the device: a number covers its own major
-// version from that minor version on, a number with a letter only itself, +PTX everything later.
+// Whether any entry of `architectures` from `oldest` on has code for the device: a number covers
+// its own major version from that minor version on, a number with a letter only itself, +PTX
+// everything later.
 constexpr bool covers(std::string_view architectures, int compute_capability,
-                      bool only_specific = false) {
+                      bool only_specific = false, int oldest = 0) {
   while (!architectures.empty()) {
     std::string_view entry = architectures.substr(0, architectures.find(';'));
     architectures.remove_prefix(entry.size() < architectures.size() ? entry.size() + 1
@@ -39,6 +41,7 @@ constexpr bool covers(std::string_view architectures, int compute_capability,
         is_specific = true;
       }
     }
+    if (number < oldest) continue;
     if (is_specific && compute_capability == number) return true;
     if (only_specific) continue;
     const bool later = compute_capability >= number;
@@ -60,6 +63,12 @@ inline constexpr KernelEntry kernel_table[] = {
        return q.compute_capability == 90 && covers(q.architectures, 90, true) &&
               q.dtype != Dtype::float32 && sm90::serves(q.rows, q.cols);
      }},
+    {"sm80",  // compiled empty for architectures before 80
+     [](const Query& q) {
+       return q.compute_capability >= 80 &&
+              covers(q.architectures, q.compute_capability, false, 80) &&
+              q.dtype != Dtype::float32 && sm80::serves(q.rows, q.cols);
+     }},
     {"simt",
      [](const Query& q) {
        return q.compute_capability >= 60 && covers(q.architectures, q.compute_capability) &&
@@ -76,6 +85,15 @@ inline std::string kernel_names(const Query& query) {
     names += kernel.name;
   }
   return names;
+}
+
+// What to say where covers() is false: "built for sm_80;sm_90a, this GPU is sm_75: ...".
+inline std::string not_covered(const Query& query) {
+  std::string built;
+  for (const char c : query.architectures) built += c == ';' ? ";sm_" : std::string(1, c);
+  const std::string capability = std::to_string(query.compute_capability);
+  return "built for sm_" + built + ", this GPU is sm_" + capability +
+         ": rebuild with FLATQUANT_CUDA_ARCHS=" + capability;
 }
 
 }  // namespace flatquant

@@ -24,6 +24,7 @@ struct Problem {
   float clip_ratio;
   Dtype dtype;
   Storage storage;
+  uint32_t* counter = nullptr;  // scratch of this launch, one word of any content, or none
 };
 
 }  // namespace flatquant

@@ -34,15 +34,15 @@ FLATQUANT_HOST_DEVICE float bits_float(uint32_t bits) {
 #endif
 }
 
-// max(max, |value|) in which NaN wins. Without their sign, float bits order as unsigned integers
+// max(|max|, |value|) in which NaN wins. Without their sign, float bits order as unsigned integers
 // do, NaN above Inf; sm_80 and later have one instruction for it.
 FLATQUANT_HOST_DEVICE float absmax(float max, float value) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   float result;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(max), "f"(fabsf(value)));
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(fabsf(max)), "f"(fabsf(value)));
   return result;
 #else
-  const uint32_t a = float_bits(max), b = float_bits(value) & 0x7fffffffu;
+  const uint32_t a = float_bits(max) & 0x7fffffffu, b = float_bits(value) & 0x7fffffffu;
   return bits_float(a > b ? a : b);
 #endif
 }

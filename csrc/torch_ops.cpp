@@ -13,12 +13,14 @@
 #include <cstdint>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cuda_check.h"
 #include "dispatch.h"
 #include "problem.h"
 #include "simt/launch.h"
+#include "sm80/launch.h"
 #include "sm90/launch.h"
 
 namespace flatquant {
@@ -41,11 +43,28 @@ void launch_sm90(const Problem& problem, cudaStream_t stream) {
   }
 }
 
+template <class Element>
+void launch_sm80(const Problem& problem, cudaStream_t stream) {
+  const sm80::Plan plan(problem.rows, problem.cols,
+                        device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "sm80", problem));
+  return plan.streamed ? sm80::launch<Element, true>(problem, plan, stream)
+                       : sm80::launch<Element, false>(problem, plan, stream);
+}
+
 void launch(std::string_view kernel, const Problem& problem, cudaStream_t stream) {
-  // Every name in kernel_table has its branch here.
-  if (kernel == "sm90") {
-    return problem.dtype == Dtype::float16 ? launch_sm90<__half>(problem, stream)
-                                           : launch_sm90<__nv_bfloat16>(problem, stream);
+  // Every name in kernel_table has its branch here. Kernels for none of the architectures that the
+  // binary is built for are not in it.
+  if constexpr (FLATQUANT_NEWEST_ARCH >= 90) {
+    if (kernel == "sm90") {
+      return problem.dtype == Dtype::float16 ? launch_sm90<__half>(problem, stream)
+                                             : launch_sm90<__nv_bfloat16>(problem, stream);
+    }
+  }
+  if constexpr (FLATQUANT_NEWEST_ARCH >= 80) {
+    if (kernel == "sm80") {
+      return problem.dtype == Dtype::float16 ? launch_sm80<__half>(problem, stream)
+                                             : launch_sm80<__nv_bfloat16>(problem, stream);
+    }
   }
   STD_TORCH_CHECK(kernel == "simt", "flatquant: kernel '", std::string(kernel),
                   "' is in the table and has no launcher");
@@ -62,20 +81,40 @@ void launch(std::string_view kernel, const Problem& problem, cudaStream_t stream
 Dtype to_dtype(ScalarType type) {
   STD_TORCH_CHECK(
       type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Float,
-      "flatquant: input must be float16, bfloat16 or float32");
+      "flatquant: input must be float16, bfloat16 or float32, got ", toString(type));
   return type == ScalarType::Half       ? Dtype::float16
          : type == ScalarType::BFloat16 ? Dtype::bfloat16
                                         : Dtype::float32;
 }
 
+// As Python writes a shape: (3, 4).
+std::string list(torch::headeronly::IntHeaderOnlyArrayRef numbers) {
+  std::string text;
+  for (const int64_t number : numbers) {
+    text += (text.empty() ? "" : ", ") + std::to_string(number);
+  }
+  return "(" + text + ")";
+}
+
+std::string device_name(const Tensor& tensor) {
+  return tensor.is_cuda()  ? "cuda:" + std::to_string(tensor.get_device_index())
+         : tensor.is_cpu() ? "cpu"
+                           : "another device";
+}
+
 // Side of a square contiguous factor like `input` in dtype and device.
 int64_t check_factor(const Tensor& factor, const Tensor& input, const char* name) {
   STD_TORCH_CHECK(factor.dim() == 2 && factor.size(0) == factor.size(1) && factor.size(0) >= 1,
-                  "flatquant: ", name, " must be a square matrix");
-  STD_TORCH_CHECK(factor.is_contiguous(), "flatquant: ", name, " must be contiguous");
-  STD_TORCH_CHECK(factor.scalar_type() == input.scalar_type() && factor.is_cuda() &&
-                      factor.get_device_index() == input.get_device_index(),
-                  "flatquant: ", name, " must have the dtype and device of input");
+                  "flatquant: ", name, " must be a square matrix, got shape ",
+                  list(factor.sizes()));
+  STD_TORCH_CHECK(factor.is_contiguous(), "flatquant: ", name, " must be contiguous, got strides ",
+                  list(factor.strides()));
+  STD_TORCH_CHECK(factor.scalar_type() == input.scalar_type(), "flatquant: ", name,
+                  " must have the dtype of input, ", toString(input.scalar_type()), ", got ",
+                  toString(factor.scalar_type()));
+  STD_TORCH_CHECK(factor.is_cuda() && factor.get_device_index() == input.get_device_index(),
+                  "flatquant: ", name, " must be on the device of input, ", device_name(input),
+                  ", got ", device_name(factor));
   return factor.size(0);
 }
 
@@ -83,7 +122,8 @@ int64_t check_factor(const Tensor& factor, const Tensor& input, const char* name
 int64_t token_stride(const Tensor& input) {
   const int64_t features = input.size(-1);
   STD_TORCH_CHECK(features <= 1 || input.stride(-1) == 1,
-                  "flatquant: input must be contiguous along its last dimension");
+                  "flatquant: input must be contiguous along its last dimension, got strides ",
+                  list(input.strides()));
   int64_t stride = features, expected = 0;
   bool first = true;
   for (int64_t dim = input.dim() - 2; dim >= 0; --dim) {
@@ -93,10 +133,28 @@ int64_t token_stride(const Tensor& input) {
       first = false;
     }
     STD_TORCH_CHECK(input.numel() == 0 || input.stride(dim) == expected,
-                    "flatquant: input's leading dimensions must collapse to one stride");
+                    "flatquant: input's leading dimensions must collapse to one stride, got shape ",
+                    list(input.sizes()), " with strides ", list(input.strides()));
     expected *= input.size(dim);
   }
   return stride;
+}
+
+// Memory for the scales and, for batches that want one, Problem::counter. It lies behind the
+// scales, so that only the results are allocated.
+std::pair<Tensor, uint32_t*> empty_scales(const Tensor& input, const std::vector<int64_t>& sizes,
+                                          int64_t tokens) {
+  if (tokens < sm90::min_tokens_to_share) {
+    return {torch::stable::new_empty(input, sizes, ScalarType::Float), nullptr};
+  }
+  const std::vector<int64_t> with_counter{tokens + 1};
+  const Tensor all = torch::stable::new_empty(input, with_counter, ScalarType::Float);
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t dim = sizes.size(); dim-- > 1;) strides[dim - 1] = strides[dim] * sizes[dim];
+  AtenTensorHandle scales = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+      all.get(), static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, &scales));
+  return {Tensor(scales), static_cast<uint32_t*>(all.mutable_data_ptr()) + tokens};
 }
 
 bool aligned(const void* pointer, int64_t bytes) {
@@ -124,9 +182,7 @@ std::string_view choose_kernel(const std::string& asked, const Problem& problem)
     if (kernel.serves(query) && fits_memory(kernel.name, problem)) return kernel.name;
   }
   STD_TORCH_CHECK(covers(compiled_architectures, query.compute_capability),
-                  "flatquant: built for sm_", std::string(compiled_architectures),
-                  ", this GPU is sm_", query.compute_capability,
-                  ": rebuild with FLATQUANT_CUDA_ARCHS=", query.compute_capability);
+                  "flatquant: ", not_covered(query));
   const std::string names = kernel_names(query);
   STD_TORCH_CHECK(false, "flatquant: kernel '", asked, "' does not serve ", describe(problem),
                   " with row stride ", problem.input_stride, " on sm_", query.compute_capability,
@@ -138,7 +194,8 @@ std::tuple<Tensor, Tensor> dynamic_quantize(Tensor input, Tensor left_trans, Ten
                                             double clip_ratio, bool pack_int32,
                                             std::string kernel) {
   STD_TORCH_CHECK(input.is_cuda() && input.dim() >= 1,
-                  "flatquant: input must be a CUDA tensor of at least one dimension");
+                  "flatquant: input must be a CUDA tensor of at least one dimension, got one of ",
+                  input.dim(), " on ", device_name(input));
   const Dtype dtype = to_dtype(input.scalar_type());
   const int64_t rows = check_factor(left_trans, input, "left_trans");
   const int64_t cols = check_factor(right_trans, input, "right_trans");
@@ -161,21 +218,23 @@ std::tuple<Tensor, Tensor> dynamic_quantize(Tensor input, Tensor left_trans, Ten
   code_sizes.push_back(pack_int32 ? features / 8 : features);
   Tensor codes =
       torch::stable::new_empty(input, code_sizes, pack_int32 ? ScalarType::Int : ScalarType::Char);
-  Tensor scales = torch::stable::new_empty(input, scale_sizes, ScalarType::Float);
-  if (input.numel() == 0) return {codes, scales};
+  const int64_t tokens = features == 0 ? 0 : input.numel() / features;
+  const auto [scales, counter] = empty_scales(input, scale_sizes, tokens);
+  if (tokens == 0) return {codes, scales};
 
   const Problem problem{input.const_data_ptr(),
                         left_trans.const_data_ptr(),
                         right_trans.const_data_ptr(),
                         codes.mutable_data_ptr(),
                         static_cast<float*>(scales.mutable_data_ptr()),
-                        input.numel() / features,
+                        tokens,
                         stride,
                         static_cast<int>(rows),
                         static_cast<int>(cols),
                         clip,
                         dtype,
-                        pack_int32 ? Storage::int32 : Storage::int8};
+                        pack_int32 ? Storage::int32 : Storage::int8,
+                        counter};
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   launch(choose_kernel(kernel, problem), problem, static_cast<cudaStream_t>(stream));

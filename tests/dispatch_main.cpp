@@ -1,5 +1,6 @@
 // Answers of csrc/dispatch.h for the questions on standard input, a line each:
-//   capability architectures dtype rows cols   ->   the kernels, comma-separated, or "-"
+//   capability architectures dtype rows cols   ->   the kernels, comma-separated, or what is said
+//   where the architectures do not cover the device, or "-"
 #include <iostream>
 #include <string>
 
@@ -9,8 +10,10 @@ int main() {
   int capability, dtype, rows, cols;
   std::string architectures;
   while (std::cin >> capability >> architectures >> dtype >> rows >> cols) {
-    const std::string names = flatquant::kernel_names(
-        {capability, architectures, static_cast<flatquant::Dtype>(dtype), rows, cols});
-    std::cout << (names.empty() ? "-" : names) << '\n';
+    const flatquant::Query query{capability, architectures, static_cast<flatquant::Dtype>(dtype),
+                                 rows, cols};
+    const std::string names = flatquant::kernel_names(query);
+    const bool covered = flatquant::covers(architectures, capability);
+    std::cout << (!names.empty() ? names : covered ? "-" : flatquant::not_covered(query)) << '\n';
   }
 }

@@ -6,13 +6,17 @@ An nvcc of shell script stands in for the toolkit, so that setup.py runs on ever
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -31,6 +35,7 @@ def load(name: str, path: Path) -> ModuleType:
 
 cutlass = load("cutlass_lookup", ROOT / "third_party" / "cutlass.py")
 build = load("flatquant_setup", ROOT / "setup.py")
+check_wheel = load("check_wheel", ROOT / "scripts" / "check_wheel.py")
 
 
 # ------------------------------------------------------------------------------------- CUTLASS
@@ -259,6 +264,35 @@ def test_ninja_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert edges == dict.fromkeys(kernels, "$cuda") | dict.fromkeys(hosts, "$host")
 
 
+def test_old_gpus_need_no_cutlass_and_get_no_kernel_of_newer_ones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUTLASS_PATH", str(tmp_path))  # no headers there
+    old = build.parse_archs("60;61;70;75", toolkit(CUDA_12, "12.0"))
+    text = build.ninja_file(toolkit(CUDA_12, "12.0"), old, Path("build/x/_C.abi3.so"))
+    sources = set(re.findall(r": compile (\S+)$", text, re.M))
+    kernels = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/simt/**/*.cu")}
+    hosts = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp")}
+    assert sources == kernels | hosts
+    for number in old:
+        assert f"-gencode=arch=compute_{number},code=sm_{number}" in text
+    assert "csrc/sm80/" not in text and "csrc/sm90/" not in text
+
+
+def test_without_their_architectures_nothing_refers_to_the_kernels(tmp_path: Path) -> None:
+    nvcc, nm = build.find_nvcc(), shutil.which("nm")
+    if not (nvcc and nm and shutil.which("c++")):
+        pytest.skip("no CUDA toolkit, nm or C++ compiler")
+    text = build.ninja_file(build.Toolkit(nvcc), ["75"], Path("build/x/_C.abi3.so"))
+    host = re.search("^host = (.*)$", text, re.M)
+    assert host
+    command = [*shlex.split(host[1]), "-O0", "-c", "csrc/torch_ops.cpp"]
+    subprocess.run([*command, "-o", str(tmp_path / "o")], cwd=ROOT, check=True)
+    undefined = subprocess.run([nm, "-uC", tmp_path / "o"], capture_output=True, text=True).stdout
+    assert "flatquant::simt::launch" in undefined
+    assert "flatquant::sm" not in undefined
+
+
 NVCC = """\
 case "$1" in
   --version) echo 'Cuda compilation tools, release 13.0, V13.0.88' ;;
@@ -345,3 +379,88 @@ def test_build_errors_are_one_clear_text(
     result = build_in_place(project, **environment)
     assert result.returncode != 0
     assert message in result.stderr and "Traceback" not in result.stderr
+
+
+# -------------------------------------------------------------------------------------- wheels
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
+@pytest.mark.parametrize("abiflags", ["", "t"])
+def test_wheel_is_named_after_what_it_holds(project: Path, abiflags: str) -> None:
+    for name in ("pyproject.toml", "README.md", "LICENSE", "quant_ops.py"):
+        shutil.copy(ROOT / name, project / name)
+    for name in ("__init__.py", "_version.py"):
+        shutil.copy(ROOT / "flatquant" / name, project / "flatquant" / name)
+    (project / "setup_of_this_python.py").write_text(
+        "import runpy, sys, sysconfig\nsysconfig.get_config_vars()\n"  # found by the true flags
+        f"sys.abiflags = {abiflags!r}\n"
+        "sys.argv[0] = 'setup.py'\nrunpy.run_path('setup.py', run_name='__main__')\n"
+    )
+    env = {**os.environ, "FLATQUANT_CUDA_ARCHS": "90", "CUDA_HOME": str(project.parent / "cuda")}
+    env["CUTLASS_PATH"] = str(project.parent / "cutlass")
+    command = [sys.executable, "setup_of_this_python.py", "--quiet"]
+    command += ["egg_info", "--tag-build=+cu130.sm90", "bdist_wheel"]
+    run = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (wheel,) = (project / "dist").glob("*.whl")
+    # A free-threaded Python has no abi3.
+    own = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    tag = f"{own}-{own}" if abiflags else "cp310-abi3"
+    assert wheel.name.startswith(f"flatquant_cutlass-{version()}+cu130.sm90-{tag}")
+    assert "flatquant/_C.abi3.so" in zipfile.ZipFile(wheel).namelist()
+
+
+def version() -> str:
+    return load("flatquant_version", ROOT / "flatquant" / "_version.py").__version__
+
+
+GOOD_WHEEL = {
+    "name": "flatquant_cutlass-1.2.3+cu130.sm80-cp310-abi3-manylinux_2_34_x86_64.whl",
+    "size": 1000,
+    "libraries": ["flatquant/_C.abi3.so"],
+    "links": ["libtorch.so", "libtorch_cpu.so"],
+    "symbols": "manylinux_2_34_x86_64",
+    "listing": "_C.abi3.1.sm_80.cubin _C.abi3.2.sm_86.cubin _C.abi3.3.sm_89.cubin",
+    "abi3audit": 0,
+    "torch-abi-audit": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"name": "flatquant_cutlass-1.2.3-cp310-abi3-manylinux_2_34_x86_64.whl"}, "the name is"),
+        ({"name": GOOD_WHEEL["name"].replace("abi3", "cp311")}, "the name is"),
+        ({"size": 60_000_000}, "60000000 is the limit"),
+        ({"libraries": []}, "holds the libraries"),
+        ({"libraries": ["flatquant/_C.abi3.so", "flatquant/libcudart.so.13"]}, "libcudart"),
+        ({"links": ["libcuda.so.1", "libtorch.so", "libtorch_cpu.so"]}, "links .*libcuda"),
+        ({"symbols": "manylinux_2_36_x86_64"}, "its symbols allow manylinux_2_36"),
+        ({"listing": "_C.abi3.1.sm_80.cubin _C.abi3.2.sm_89.cubin"}, r"code for \['80', '89'\]"),
+        ({"listing": GOOD_WHEEL["listing"] + " _C.abi3.4.sm_90a.cubin"}, "90a"),
+        ({"abi3audit": 1}, "abi3audit: refused"),
+        ({"torch-abi-audit": 1}, "torch-abi-audit: refused"),
+    ],
+    ids=str,
+)
+def test_check_wheel(
+    change: dict[str, Any], message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = GOOD_WHEEL | change
+    show = {"external_libs": dict.fromkeys(facts["links"]), "sym_tag": facts["symbols"]}
+    script(tmp_path / "auditwheel", f"echo '{json.dumps(show)}'")
+    script(tmp_path / "cuobjdump", f"echo '{facts['listing']}'")
+    for audit in ("abi3audit", "torch-abi-audit"):
+        script(tmp_path / audit, f"echo refused; exit {facts[audit]}")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    wheel = tmp_path / facts["name"]
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for library in facts["libraries"]:
+            archive.writestr(library, b"")
+        archive.writestr("padding", bytes(facts["size"]))
+    if message is None:
+        assert "sm_80 sm_86 sm_89; audits passed" in check_wheel.check(wheel, ["80", "86", "89"])
+        return
+    with pytest.raises(check_wheel.WheelError, match=message):
+        check_wheel.check(wheel, ["80", "86", "89"])

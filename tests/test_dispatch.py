@@ -27,25 +27,27 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ask(program: Path, questions: list[Question]) -> list[str]:
     text = "".join(" ".join(map(str, question)) + "\n" for question in questions)
     run = subprocess.run([program], input=text, capture_output=True, text=True, check=True)
-    return run.stdout.split()
+    return run.stdout.splitlines()
 
 
 @pytest.mark.parametrize(
     "architectures, capability, kernels",
     [
-        ("90a", 90, "sm90,simt"),
-        ("80;90a;120", 90, "sm90,simt"),
+        ("90a", 90, "sm90,sm80,simt"),
+        ("80;90a;120", 90, "sm90,sm80,simt"),
         ("80", 90, "-"),
-        # simt's PTX runs on Hopper; sm90 is empty in anything but code for 90a.
-        ("80+PTX", 90, "simt"),
-        ("80;90a+PTX", 90, "sm90,simt"),
-        ("80;90a+PTX", 120, "simt"),
+        # PTX runs on Hopper; sm90 is empty in anything but code for 90a, sm80 in what is older.
+        ("80+PTX", 90, "sm80,simt"),
+        ("75+PTX", 90, "simt"),
+        ("75+PTX;80", 90, "simt"),
+        ("80;90a+PTX", 90, "sm90,sm80,simt"),
+        ("80;90a+PTX", 120, "sm80,simt"),
         ("90a", 100, "-"),
-        ("80", 86, "simt"),
+        ("80", 86, "sm80,simt"),
         ("86", 80, "-"),
         ("75;80", 75, "simt"),
-        ("100f", 100, "simt"),
-        ("100f", 103, "simt"),
+        ("100f", 100, "sm80,simt"),
+        ("100f", 103, "sm80,simt"),
         ("100a", 103, "-"),
         ("60", 61, "simt"),
         ("60+PTX", 120, "simt"),
@@ -54,19 +56,61 @@ def ask(program: Path, questions: list[Question]) -> list[str]:
 def test_a_kernel_serves_where_the_binary_has_its_code(
     program: Path, architectures: str, capability: int, kernels: str
 ) -> None:
-    assert ask(program, [(capability, architectures, FLOAT16, 64, 64)]) == [kernels]
+    (answer,) = ask(program, [(capability, architectures, FLOAT16, 64, 64)])
+    assert answer == kernels if kernels != "-" else answer.startswith("built for sm_")
 
 
-def test_every_model_size_has_a_kernel_and_a_tensor_core_one_where_rows_are_16_bytes(
-    program: Path,
+@pytest.mark.parametrize(
+    "architectures, capability, message",
+    [
+        ("80;90a", 75, "built for sm_80;sm_90a, this GPU is sm_75"),
+        ("90a+PTX", 89, "built for sm_90a+PTX, this GPU is sm_89"),
+        ("75", 120, "built for sm_75, this GPU is sm_120"),
+    ],
+)
+def test_a_binary_without_code_for_the_gpu_says_what_it_has_and_what_to_do(
+    program: Path, architectures: str, capability: int, message: str
 ) -> None:
+    rebuild = f": rebuild with FLATQUANT_CUDA_ARCHS={capability}"
+    assert ask(program, [(capability, architectures, FLOAT32, 24, 24)]) == [message + rebuild]
+
+
+@pytest.mark.parametrize("capability", [60, 75, 80, 86, 89, 90, 100, 103, 120])
+def test_every_model_size_has_a_tensor_core_kernel_from_ampere_on(
+    program: Path, capability: int
+) -> None:
+    architectures = "60;75;80;86;89;90a;100;120"
     for dtype in (FLOAT16, BFLOAT16, FLOAT32):
-        answers = ask(program, [(90, "90a", dtype, M, N) for M, N in shapes.SIZES])
-        for (M, N), answer in zip(shapes.SIZES, answers, strict=True):
-            on_tensor_cores = dtype != FLOAT32 and N % 8 == 0 and M <= 192
-            assert answer == ("sm90,simt" if on_tensor_cores else "simt"), (M, N, dtype)
+        questions = [(capability, architectures, dtype, M, N) for M, N in shapes.SIZES]
+        for (M, N), answer in zip(shapes.SIZES, ask(program, questions), strict=True):
+            expected = ["simt"]
+            if dtype != FLOAT32 and capability >= 80:
+                expected.insert(0, "sm80")
+                if capability == 90 and N % 8 == 0 and M <= 192:
+                    expected.insert(0, "sm90")
+            assert answer.split(",") == expected, (M, N, dtype)
 
 
-@pytest.mark.parametrize("M, N, kernels", [(8192, 1, "simt"), (1, 32768, "simt"), (8193, 1, "-")])
-def test_simt_ends_where_shared_memory_does(program: Path, M: int, N: int, kernels: str) -> None:
+@pytest.mark.parametrize(
+    "M, N, kernels",
+    [(1, 1, "sm80,simt"), (256, 256, "sm80,simt"), (257, 8, "simt"), (8, 257, "simt")],
+)
+def test_sm80_takes_sizes_to_256(program: Path, M: int, N: int, kernels: str) -> None:
+    assert ask(program, [(86, "86", BFLOAT16, M, N)]) == [kernels]
+
+
+@pytest.mark.parametrize("M, N, kernels", [(32768, 1, "simt"), (1, 32768, "simt"), (32769, 1, "-")])
+def test_simt_ends_where_a_factors_elements_are_too_many_for_int(
+    program: Path, M: int, N: int, kernels: str
+) -> None:
     assert ask(program, [(60, "60", FLOAT32, M, N)]) == [kernels]
+
+
+def test_sm80_has_a_plan_that_fits_for_every_size(tmp_path: Path) -> None:
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    command = [compiler, "-std=c++17", f"-I{ROOT / 'csrc'}", str(ROOT / "tests" / "plan_main.cpp")]
+    subprocess.run([*command, "-o", str(tmp_path / "plan")], check=True)
+    run = subprocess.run([tmp_path / "plan"], capture_output=True, text=True, check=True)
+    assert run.stdout == f"{3 * 256 * 256} plans\n"

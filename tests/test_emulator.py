@@ -1,9 +1,9 @@
 """The kernels' own source, run on the host by the emulator in tests/emulator.
 
-The emulator implements what the PTX ISA says of mbarriers, the copy engine and wgmma, asynchronous
-and interleaved at random; what breaks a rule ends its process with a message. The emulator is
-tested too: with CuTe's layouts, with the PTX of the functions that it replaces, and with mistakes
-that it must notice.
+The emulator implements what the PTX ISA says of mbarriers, the copy engine, wgmma, cp.async and
+mma, asynchronous and interleaved at random; what breaks a rule ends its process with a message. The
+emulator is tested too: with CuTe's layouts, with the PTX of the functions that it replaces, and
+with mistakes that it must notice.
 
 It does not model time, caches, bank conflicts, what the compilers make of the source (registers,
 spills, the order of ordinary accesses), whether a warp has converged, the tensor cores' rounding
@@ -78,6 +78,11 @@ def toolchain() -> Toolchain:
 @pytest.fixture(scope="session")
 def sm90(toolchain: Toolchain, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toolchain.compile_driver("run_sm90", tmp_path_factory.mktemp("sm90"))
+
+
+@pytest.fixture(scope="session")
+def sm80(toolchain: Toolchain, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toolchain.compile_driver("run_sm80", tmp_path_factory.mktemp("sm80"))
 
 
 @pytest.fixture(scope="session")
@@ -175,7 +180,6 @@ INSTRUCTIONS = {
         r"mbarrier\.init\.shared::cta\.b64 \[\S+\], 5;",
         r"fence\.mbarrier_init\.release\.cluster;",
         r"mbarrier\.arrive\.expect_tx\.shared::cta\.b64 _, \[\S+\], 4096;",
-        r"mbarrier\.arrive\.shared::cta\.b64 _, \[\S+\];",
         r"mbarrier\.try_wait\.parity\.shared::cta\.b64 P1, \[\S+\], 1, ",
     ],
     "copy": [
@@ -192,19 +196,52 @@ INSTRUCTIONS = {
         r"wgmma\.commit_group\.sync\.aligned;",
         r"wgmma\.wait_group\.sync\.aligned 0;",
     ],
-    "registers": [
-        r"setmaxnreg\.dec\.sync\.aligned\.u32 40;",
-        r"setmaxnreg\.inc\.sync\.aligned\.u32 232;",
-        r"redux\.sync\.max\.u32 ",
+    "copies": [
+        r"cp\.async\.ca\.shared\.global\S* \[\S+\], \[\S+\], 4, ",
+        r"cp\.async\.ca\.shared\.global\S* \[\S+\], \[\S+\], 16, ",
+        r"cp\.async\.commit_group;",
+        r"cp\.async\.wait_(all|group 0);",
+    ],
+    "maximum": [r"redux\.sync\.max\.u32 "],
+}
+
+
+SM80_INSTRUCTIONS = {
+    "named_barrier": [r"bar\.sync 3, 96;", r"redux\.sync\.max\.u32 "],
+    "copy": [
+        r"cp\.async\.cg\.shared\.global(?:\.L2::128B)? \[%r\d+\], \[%rd\d+\], 16, %r\d+;",
+        r"cp\.async\.ca\.shared\.global(?:\.L2::128B)? \[%r\d+\], \[%rd\d+\], 8, %r\d+;",
+        r"cp\.async\.ca\.shared\.global(?:\.L2::128B)? \[%r\d+\], \[%rd\d+\], 4, %r\d+;",
+        r"cp\.async\.commit_group;",
+        r"cp\.async\.wait_group 3;",
+        r"cp\.async\.wait_all;",
+    ],
+    "products": [
+        r"ldmatrix\.sync\.aligned\.x4\.trans\.m8n8\.shared\.b16 ",
+        r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32",
+        r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",
     ],
 }
 
 
-def test_functions_are_the_instructions_emulated(toolchain: Toolchain, tmp_path: Path) -> None:
-    flags = ["-ptx", "-arch=sm_90a", "--expt-relaxed-constexpr"]
+@pytest.mark.parametrize(
+    "source, architecture, instructions",
+    [
+        ("instructions.cu", "sm_90a", INSTRUCTIONS),
+        ("instructions_sm80.cu", "sm_80", SM80_INSTRUCTIONS),
+    ],
+)
+def test_functions_are_the_instructions_emulated(
+    toolchain: Toolchain,
+    tmp_path: Path,
+    source: str,
+    architecture: str,
+    instructions: dict[str, list[str]],
+) -> None:
+    flags = ["-ptx", f"-arch={architecture}", "--expt-relaxed-constexpr"]
     flags += ["-isystem", toolchain.cutlass_include()]
-    text = toolchain.compile("checks/instructions.cu", tmp_path / "ptx", *flags).read_text()
-    for kernel, patterns in INSTRUCTIONS.items():
+    text = toolchain.compile(f"checks/{source}", tmp_path / "ptx", *flags).read_text()
+    for kernel, patterns in instructions.items():
         body = re.search(rf"\.entry {kernel}\((.*?)(\.entry|\Z)", text, re.S)
         assert body, f"no kernel {kernel} in the PTX"
         code = body[1]
@@ -226,7 +263,6 @@ MISTAKES = {
     "too many bytes": "(?s)deadlock.*128 threads .*mbarrier.* 16 bytes to come",
     "two arrivals": "an arrival too many",
     "misaligned copy": "not aligned to 128 bytes",
-    "too many registers": "setmaxnreg",
     "barrier counts": "others wait at it as",
     "partial barrier": "(?s)deadlock.*barrier 8: 96 of 128",
     "no wait": "wrong product|in flight",
@@ -294,6 +330,8 @@ def test_sm90_in_every_class(sm90: Path, tmp_path: Path, case: Case) -> None:
         Case(64, 64, 4, BFLOAT16, packed=False, clip_ratio=0.3),
         Case(120, 136, 4, clip_ratio=0.5, gap=16, blocks=3),
         Case(64, 64, 4, clip_ratio=1.5),
+        Case(8, 8, 500),  # enough that the last quarter is first come, first served
+        Case(24, 32, 500, BFLOAT16, packed=False, blocks=3),
     ],
     ids=str,
 )
@@ -402,7 +440,178 @@ def test_sm90_special_tokens(sm90: Path, tmp_path: Path, case: Case) -> None:
     check(case, (codes, scales), problem)
 
 
+# ------------------------------------------------------------------------------------- sm80
+
+
+def test_fragments_are_those_of_cute(toolchain: Toolchain, tmp_path: Path) -> None:
+    flags = [f"-I{EMULATOR}", "-O1", "-w", "-isystem", toolchain.cutlass_include()]
+    program = toolchain.compile("checks/fragments.cpp", tmp_path / "fragments", *flags)
+    run = subprocess.run([program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+    assert "768 comparisons, 0 wrong" in run.stdout, run.stdout
+
+
+SM80_MISTAKES = {
+    "no commit": "wrong result|in flight",
+    "no wait": "wrong result|in flight",
+    "too many pending": "wrong result|in flight",
+    "no barrier": "wrong result",
+    "misaligned copy": "cp.async to .* not aligned to 4 bytes",
+    "misaligned row": "ldmatrix of a row .* not aligned to 16 bytes",
+}
+
+
+def test_emulator_notices_mistakes_with_copies(toolchain: Toolchain, tmp_path: Path) -> None:
+    program = toolchain.compile_driver("check_sm80", tmp_path)
+    run = subprocess.run([program, "none"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for mistake, message in SM80_MISTAKES.items():
+        run = subprocess.run([program, mistake], capture_output=True, text=True)
+        assert run.returncode == 1 and re.search(message, run.stderr), f"{mistake}: {run.stderr}"
+
+
+def sm80_seed(memory: int) -> int:
+    """A seed with which run_sm80 takes the `memory`-th of its five sizes of shared memory.
+
+    They run from 227 to 24 KiB. Where one is too small, the next larger one is taken.
+    """
+    return 5 * int(torch.randint(2**28, ())) + memory % 5
+
+
+def sm80_cases() -> list[Case]:
+    """Every width of a kernel, full and not full, in both dtypes and storages; then odd sizes."""
+    cases = []
+    for i, cols in enumerate([16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256]):
+        rows = (32, 64, 24, 112, 16, 72)[i % 6]
+        cases.append(Case(rows, cols, 5, DTYPES[i % 2], packed=i % 4 < 2))
+        cases.append(Case(rows - 1 - i % 7, cols - 1 - i % 15, 3, DTYPES[1 - i % 2], packed=False))
+    return [
+        *cases,
+        Case(1, 1, 40, packed=False),
+        Case(1, 8, 40),
+        Case(8, 1, 40),  # words of eight rows
+        Case(16, 13, 20),
+        Case(24, 30, 20, BFLOAT16),  # copies of 4 bytes
+        Case(24, 36, 20),  # of 8 bytes
+        Case(24, 24, 40, gap=4),
+        Case(24, 24, 40, gap=1),  # tokens aligned to 2 bytes
+        Case(56, 64, 9, gap=2, blocks=1),
+        Case(5, 77, 9, packed=False),  # features odd, tokens of codes at any byte
+        Case(60, 88, 4, clip_ratio=0.9),
+        Case(34, 44, 6, BFLOAT16, clip_ratio=0.3),
+        Case(128, 148, 3),
+        Case(65, 24, 6),
+        Case(250, 12, 3, BFLOAT16),
+        Case(256, 100, 2),
+        Case(208, 256, 2, blocks=1),
+        Case(255, 249, 1, packed=False),
+    ]
+
+
+@pytest.mark.parametrize("number, case", list(enumerate(sm80_cases())), ids=str)
+def test_sm80(sm80: Path, tmp_path: Path, number: int, case: Case) -> None:
+    problem = case.random_problem()
+    for memory in (number, number + 3):
+        check(case, launch(sm80, tmp_path, case, problem, sm80_seed(memory)), problem)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(64, 64, 40, blocks=1),
+        Case(24, 40, 90, blocks=1),
+        Case(36, 52, 30, BFLOAT16),
+        Case(70, 88, 20),
+        Case(144, 136, 7),
+    ],
+    ids=str,
+)
+def test_sm80_in_any_order(sm80: Path, tmp_path: Path, case: Case) -> None:
+    """Also batch invariance: not a bit depends on the order, the grid, the batch or the storage.
+
+    Nor on the shared memory, that is on which of the two kernels it was.
+    """
+    problem = case.random_problem()
+    codes, scales = launch(sm80, tmp_path, case, problem, sm80_seed(0))
+    check(case, (codes, scales), problem)
+    for memory in range(10):
+        chosen = torch.randperm(case.tokens)[: int(torch.randint(1, case.tokens + 1, ()))]
+        part = replace(
+            case,
+            tokens=len(chosen),
+            packed=bool(torch.randint(2, ())),
+            blocks=int(torch.randint(1, min(3, len(chosen)) + 1, ())),
+            gap=int(torch.randint(9, ())),
+        )
+        part_problem = problem._replace(input=problem.input[chosen])
+        found = launch(sm80, tmp_path, part, part_problem, sm80_seed(memory))
+        expected = codes[chosen] if part.packed else unpack_int4(codes[chosen])
+        assert torch.equal(found[0], expected) and torch.equal(found[1], scales[chosen]), part
+
+
+@pytest.mark.parametrize("clip_ratio", [1.0, 0.5])
+@pytest.mark.parametrize("packed", [True, False], ids=["int4", "int8"])
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=dtype_name)
+@pytest.mark.parametrize(
+    "rows, cols", [(24, 24), (64, 64), (8, 33), (50, 76), (128, 112), (140, 180)]
+)
+def test_sm80_exact_data(
+    sm80: Path,
+    tmp_path: Path,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+    packed: bool,
+    clip_ratio: float,
+) -> None:
+    case = Case(rows, cols, 3, dtype, packed, clip_ratio)
+    exact = exact_problem(rows, cols, 3, dtype, clip_ratio)
+    for memory in (0, 2, 4):
+        result = launch(sm80, tmp_path, case, exact.problem, sm80_seed(memory))
+        check_exact(case, result, exact)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=dtype_name)
+@pytest.mark.parametrize("rows, cols", [(24, 40), (60, 74), (208, 256)])
+def test_sm80_large_intermediate(
+    sm80: Path, tmp_path: Path, rows: int, cols: int, dtype: torch.dtype
+) -> None:
+    """left^T @ X leaves float16's range in some tokens, Y does not."""
+    case = Case(rows, cols, 3, dtype)
+    x, left, right = case.random_problem()
+    x = x / x.abs().amax(1, keepdim=True) * 2.0 ** torch.tensor([[15], [12], [0]])
+    problem = Problem(x.to(dtype), left * 64, right / 64)
+    intermediate = x.view(3, rows, cols).double().mT @ left.double() * 64
+    assert (intermediate.abs().amax((1, 2)) > 65504).tolist() == [True, True, False]
+    for memory in (0, 4):
+        check(case, launch(sm80, tmp_path, case, problem, sm80_seed(memory)), problem)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(24, 24, 20, blocks=1),
+        Case(64, 64, 9, blocks=1),
+        Case(50, 96, 9, BFLOAT16, packed=False),  # padded rows
+        Case(64, 70, 9, BFLOAT16),  # padded columns
+        Case(100, 130, 6, packed=False),
+        Case(190, 152, 6),
+        Case(200, 200, 5),  # in two passes
+    ],
+    ids=str,
+)
+def test_sm80_special_tokens(sm80: Path, tmp_path: Path, case: Case) -> None:
+    problem, special = spoil(case.random_problem())
+    for memory in (0, 4):
+        codes, scales = launch(sm80, tmp_path, case, problem, sm80_seed(memory))
+        assert torch.equal(scales[:4].nan_to_num(nan=-1.0), special.nan_to_num(nan=-1.0))
+        assert not codes[:4].any()
+        check(case, (codes, scales), problem)
+
+
 # ------------------------------------------------------------------------------------- simt
+
+# `blocks` are 48 KiB of shared memory that a block may have: 1 is a Pascal GPU, 5 a Hopper one.
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["int4", "int8"])
@@ -411,11 +620,15 @@ def test_sm90_special_tokens(sm90: Path, tmp_path: Path, case: Case) -> None:
     "rows, cols, tokens",
     [
         (1, 8, 3),
-        (64, 64, 4),
-        (24, 37, 4),
+        (64, 64, 5),  # two tokens a block, and a block that is not full
+        (24, 37, 9),  # eight tokens a block
+        (13, 40, 3),
         (72, 45, 3),
-        (96, 80, 3),  # Y does not fit in the driver's 48 KiB and is computed twice
-        (288, 8, 2),  # nor do 32 columns of U
+        (288, 8, 2),
+        (104, 132, 2),  # W does not fit in 48 KiB: chunks of rows
+        (112, 131, 2),
+        (10, 1004, 2),  # not even eight rows of it: chunks of columns too
+        (8, 1005, 2),
     ],
 )
 def test_simt(
@@ -427,7 +640,7 @@ def test_simt(
     dtype: torch.dtype,
     packed: bool,
 ) -> None:
-    case = Case(rows, cols, tokens, dtype, packed, gap=5)
+    case = Case(rows, cols, tokens, dtype, packed, gap=5, blocks=1)
     problem = case.random_problem()
     check(case, launch(simt, tmp_path, case, problem), problem)
     exact = exact_problem(rows, cols, tokens, dtype, 0.5)
@@ -435,11 +648,43 @@ def test_simt(
     check_exact(case, launch(simt, tmp_path, case, exact.problem), exact)
 
 
-@pytest.mark.parametrize("rows, cols", [(64, 64), (96, 80)])
-def test_simt_special_tokens(simt: Path, tmp_path: Path, rows: int, cols: int) -> None:
-    case = Case(rows, cols, 5, FLOAT32)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("rows, cols", [(24, 24), (62, 68), (104, 132), (8, 1005)])
+def test_simt_special_tokens(
+    simt: Path, tmp_path: Path, rows: int, cols: int, dtype: torch.dtype
+) -> None:
+    case = Case(rows, cols, 6, dtype, blocks=1)
     problem, special = spoil(case.random_problem())
     codes, scales = launch(simt, tmp_path, case, problem)
     assert torch.equal(scales[:4].nan_to_num(nan=-1.0), special.nan_to_num(nan=-1.0))
     assert not codes[:4].any()
     check(case, (codes, scales), problem)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(24, 24, 30, FLOAT32, blocks=1),
+        Case(40, 37, 9, blocks=1),
+        Case(104, 132, 4, BFLOAT16, blocks=1),
+        Case(8, 1005, 4, blocks=1),
+    ],
+    ids=str,
+)
+def test_simt_in_any_order(simt: Path, tmp_path: Path, case: Case) -> None:
+    """Not a bit depends on the order, the batch, the storage or the GPU's shared memory."""
+    problem = case.random_problem()
+    codes, scales = launch(simt, tmp_path, case, problem)
+    check(case, (codes, scales), problem)
+    for blocks in (1, 2, 5):
+        chosen = torch.randperm(case.tokens)[: int(torch.randint(1, case.tokens + 1, ()))]
+        part = replace(
+            case,
+            tokens=len(chosen),
+            packed=bool(torch.randint(2, ())),
+            blocks=blocks,
+            gap=int(torch.randint(9, ())),
+        )
+        found = launch(simt, tmp_path, part, problem._replace(input=problem.input[chosen]))
+        expected = codes[chosen] if part.packed else unpack_int4(codes[chosen])
+        assert torch.equal(found[0], expected) and torch.equal(found[1], scales[chosen]), part

@@ -1,37 +1,70 @@
-// Shared-memory plan of the simt kernel. Host only C++.
+// How the simt kernel cuts a problem, and the arithmetic of it. Plain C++.
 #pragma once
 
 namespace flatquant::simt {
 
-constexpr int threads = 256;
-constexpr int tile_rows = 64;  // eight for each of the eight warps
-constexpr int tile_cols = 32;  // one for each lane
-constexpr int tile_depth = 32;
-constexpr int a_pitch = tile_rows + 4;  // keeps rows 16-byte aligned and off each other's banks
+constexpr int tile = 8;              // a thread holds tile x tile sums
+constexpr int max_threads = 512;     // of 128 registers: the sums, two tile edges, the next tile's
+constexpr int max_depth = 8;         // rows of a factor in shared memory at once
+constexpr int usual_threads = 128;   // four such blocks fill an SM, and wait at different times
+constexpr int usual_shared = 49152;  // bytes that every GPU gives a block without asking
 
-// One column of U must fit the 48 KiB of shared memory that every GPU has; a factor's elements are
-// counted in int.
-constexpr int max_rows = 8192;
-constexpr int max_cols = 32768;
+constexpr int max_size = 32768;  // a factor's elements are counted in int
+
+constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
+constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
 constexpr bool serves(int rows, int cols) {
-  return rows >= 1 && rows <= max_rows && cols >= 1 && cols <= max_cols;
+  return rows >= 1 && rows <= max_size && cols >= 1 && cols <= max_size;
 }
 
+// A block computes `tokens` tokens side by side, each with tile_rows x tile_cols threads. A token
+// that is too large for that is cut into row chunks, and into column chunks too where not even one
+// tile row of W = left^T X fits in shared memory. All chunks but one are then computed twice. How a
+// problem is cut changes no sum's order, so no bit of the result.
 struct Plan {
-  int chunk_cols;          // columns of Y computed at once; a power of two, at most tile_cols
-  bool keeps_transformed;  // Y stays in shared memory until its scale is known; else it is computed
-                           // twice
-  int shared_bytes;
+  int tokens = 1, tile_rows = 0, tile_cols = 0;
+  int row_chunks = 1, col_chunks = 1;
+  int threads = 0;
+  int left_depth = 0, right_depth = 0;  // rows in shared memory at once of left and X, of right
+  // Shared memory, in floats: maxima, two stages, W of each token (none if w_size is 0). Four more
+  // than a row of W has keep the stores of its transpose off each other's banks.
+  int w_pitch = 0, w_size = 0, stage_size = 0, maxima_size = 0;
+  int shared_bytes = 0;
 
-  constexpr Plan(int rows, int cols, int shared_limit)
-      : chunk_cols(tile_cols), keeps_transformed(false), shared_bytes(0) {
-    const int fixed = (tile_depth * a_pitch + tile_depth * tile_cols + threads / 32) * 4;
-    while (chunk_cols > 1 && fixed + rows * chunk_cols * 4 > shared_limit) chunk_cols /= 2;
-    shared_bytes = fixed + rows * chunk_cols * 4;
-    const long long transformed = 4LL * rows * cols;
-    keeps_transformed = shared_bytes + transformed <= shared_limit;
-    if (keeps_transformed) shared_bytes += static_cast<int>(transformed);
+  constexpr Plan(int rows, int cols, int shared_limit) {
+    const int all_rows = divide_up(rows, tile), all_cols = divide_up(cols, tile);
+    for (tokens = usual_threads / (all_rows * all_cols); tokens > 1; --tokens) {
+      if (fits(all_rows, all_cols, cols, usual_shared)) return;
+    }
+    tokens = 1;
+    while (!fits(divide_up(all_rows, row_chunks), all_cols, cols, shared_limit)) {
+      if (++row_chunks > all_rows) break;
+    }
+    if (row_chunks <= all_rows) return;
+    fits(smaller(all_rows, 4), smaller(all_cols, 64), 0, shared_limit);
+    row_chunks = divide_up(all_rows, tile_rows);
+    col_chunks = divide_up(all_cols, tile_cols);
+  }
+
+ private:
+  // Sets what follows from `tokens` and the arguments; kept_cols are the columns of W to be kept.
+  constexpr bool fits(int rows_of_tiles, int cols_of_tiles, int kept_cols, int shared_limit) {
+    tile_rows = rows_of_tiles;
+    tile_cols = cols_of_tiles;
+    threads = divide_up(tokens * tile_rows * tile_cols, 32) * 32;
+    if (threads > max_threads) return false;
+    // No thread brings more than one row of a matrix.
+    left_depth = smaller(max_depth, smaller(tile_rows, tokens * tile_cols));
+    right_depth = smaller(max_depth, tokens * tile_rows);
+    const int left_stage = left_depth * tile * (tile_rows + tokens * tile_cols);
+    const int right_stage = right_depth * tile * (tile_rows + tile_cols);
+    w_pitch = tile * tile_rows + 4;
+    w_size = kept_cols * w_pitch;
+    stage_size = left_stage > right_stage ? left_stage : right_stage;
+    maxima_size = divide_up(tokens, 4) * 4;
+    shared_bytes = 4 * (maxima_size + 2 * stage_size + tokens * w_size);
+    return shared_bytes <= shared_limit;
   }
 };
 

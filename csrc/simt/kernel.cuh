@@ -1,11 +1,11 @@
 // The CUDA-core kernel: any rows and cols, all dtypes, no tensor core, and it runs on sm_60 (newer
 // builds use max.NaN, see quantize.cuh).
-// A block works on one token at a time. For a chunk of columns at a time
-//   U = X @ right[:, chunk]     into shared memory, float
-//   Y[:, chunk] = left^T @ U
-// each a product in 64 x 32 tiles, a thread holding eight rows of one column. Y stays in shared
-// memory until the token's maximum is known; where it does not fit, a second pass computes it
-// again. Bound by FMA and shared-memory loads.
+// A block computes the tokens of a group (config.h says how many, and how they are cut):
+//   W = left^T @ X     tiles of left's rows and of X's rows pass through shared memory
+//   Y = W @ right      W lies in shared memory, transposed, in float; right's rows pass through
+// Both are sums over k of a[k]^T b[k], rows of a and b being contiguous. Each thread holds 8 x 8
+// sums of one token: 64 FMAs share four 16-byte loads, and the FMA units are what binds it. Two
+// stages let the next tile arrive while one is used; codes leave from the registers.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,186 +17,300 @@
 
 namespace flatquant::simt {
 
-__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ __forceinline__ float to_float(float value) { return value; }
-
-struct SharedMemory {
-  float* a;            // (tile_depth, a_pitch): a tile of the first operand, rows contiguous
-  float* b;            // (tile_depth, tile_cols)
-  float* maxima;       // one for each warp
-  float* u;            // (rows, chunk_cols)
-  float* transformed;  // (rows, cols), if kept
-
-  __device__ SharedMemory(float* base, int rows, int chunk_cols)
-      : a(base),
-        b(a + tile_depth * a_pitch),
-        maxima(b + tile_depth * tile_cols),
-        u(maxima + threads / 32),
-        transformed(u + rows * chunk_cols) {}
+// Four neighbouring elements as they lie in memory.
+template <class Element>
+struct alignas(4 * sizeof(Element)) Four {
+  uint32_t words[sizeof(Element)];
 };
 
-// acc[i] = sum over k of a(k, row + i) * b(k, col) for this thread's eight rows of the tile and its
-// column. The loaders return 0 outside their matrix. k_contiguous: neighbouring k of `a` are
-// neighbours in memory, else neighbouring rows are.
-template <bool k_contiguous, class LoadA, class LoadB>
-__device__ void multiply_tile(float (&acc)[8], const SharedMemory& shared, int depth, LoadA load_a,
-                              LoadB load_b) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+__device__ __forceinline__ float4 to_floats(const Four<float>& four) {
+  const uint32_t (&words)[4] = four.words;
+  return make_float4(bits_float(words[0]), bits_float(words[1]), bits_float(words[2]),
+                     bits_float(words[3]));
+}
+__device__ __forceinline__ float4 to_floats(const Four<__half>& four) {
+  const float2 low = __half22float2(reinterpret_cast<const __half2&>(four.words[0]));
+  const float2 high = __half22float2(reinterpret_cast<const __half2&>(four.words[1]));
+  return make_float4(low.x, low.y, high.x, high.y);
+}
+__device__ __forceinline__ float4 to_floats(const Four<__nv_bfloat16>& four) {
+  const uint32_t (&words)[2] = four.words;
+  return make_float4(bits_float(words[0] << 16), bits_float(words[0] & 0xffff0000u),
+                     bits_float(words[1] << 16), bits_float(words[1] & 0xffff0000u));
+}
+
+template <class Element>
+__device__ __forceinline__ Four<Element> load_four(const Element* from) {
+  return *reinterpret_cast<const Four<Element>*>(from);
+}
+// The same of any address, and only the first `count`; the rest are zeros.
+template <class Element>
+__device__ __forceinline__ Four<Element> load_up_to_four(const Element* from, int count) {
+  Four<Element> four = {};
 #pragma unroll
-  for (int i = 0; i < 8; ++i) acc[i] = 0.0f;
-  for (int k0 = 0; k0 < depth; k0 += tile_depth) {
-    __syncthreads();  // the last tile has been used
-    for (int i = threadIdx.x; i < tile_rows * tile_depth; i += threads) {
-      const int k = k_contiguous ? i % tile_depth : i / tile_rows;
-      const int row = k_contiguous ? i / tile_depth : i % tile_rows;
-      shared.a[k * a_pitch + row] = load_a(k0 + k, row);
+  for (int i = 0; i < 4; ++i) {
+    if (i >= count) break;
+    if constexpr (sizeof(Element) == 4) {
+      four.words[i] = reinterpret_cast<const uint32_t*>(from)[i];
+    } else {
+      four.words[i / 2] |= reinterpret_cast<const uint16_t*>(from)[i] << (i % 2 * 16);
     }
-    for (int i = threadIdx.x; i < tile_depth * tile_cols; i += threads) {
-      shared.b[i] = load_b(k0 + i / tile_cols, i % tile_cols);
+  }
+  return four;
+}
+
+// Brings tiles of a row-major matrix to shared memory, as float. This thread brings two groups of
+// four columns of one row of each tile.
+template <class Element>
+class Courier {
+ public:
+  // `col` counts in the tile, which begins at column `first_col` of the matrix.
+  __device__ Courier(const Element* matrix, int rows, int cols, int first_col, int row, int col,
+                     int group_step, int tile_pitch, bool takes_part)
+      : from_(matrix + row * cols + first_col + col),
+        cols_(cols),
+        rows_left_(takes_part ? rows - row : 0),
+        cols_left_(cols - first_col - col),
+        group_step_(group_step),
+        to_(takes_part ? row * tile_pitch + col : -1),
+        in_fours_(cols % 4 == 0 &&
+                  reinterpret_cast<uintptr_t>(from_) % sizeof(Four<Element>) == 0) {}
+
+  // From the tile that begins at row k to registers. What is outside the matrix stays as it was:
+  // sums that it takes part in are not used.
+  __device__ void fetch(int k) {
+    if (k >= rows_left_) return;
+    const Element* from = from_ + k * cols_;
+#pragma unroll
+    for (int group = 0; group < 2; ++group) {
+      const int begin = group * group_step_;
+      if (begin >= cols_left_) break;
+      groups_[group] =
+          in_fours_ ? load_four(from + begin) : load_up_to_four(from + begin, cols_left_ - begin);
     }
-    __syncthreads();
-#pragma unroll 8
-    for (int k = 0; k < tile_depth; ++k) {
-      const float b = shared.b[k * tile_cols + lane];
-      const float4* a = reinterpret_cast<const float4*>(&shared.a[k * a_pitch + 8 * warp]);
-      const float4 low = a[0], high = a[1];
-      acc[0] = fmaf(low.x, b, acc[0]);
-      acc[1] = fmaf(low.y, b, acc[1]);
-      acc[2] = fmaf(low.z, b, acc[2]);
-      acc[3] = fmaf(low.w, b, acc[3]);
-      acc[4] = fmaf(high.x, b, acc[4]);
-      acc[5] = fmaf(high.y, b, acc[5]);
-      acc[6] = fmaf(high.z, b, acc[6]);
-      acc[7] = fmaf(high.w, b, acc[7]);
+  }
+
+  __device__ void deliver(float* stage) const {
+    if (to_ < 0) return;
+    *reinterpret_cast<float4*>(stage + to_) = to_floats(groups_[0]);
+    *reinterpret_cast<float4*>(stage + to_ + group_step_) = to_floats(groups_[1]);
+  }
+
+ private:
+  const Element* from_;
+  int cols_, rows_left_, cols_left_, group_step_, to_;
+  bool in_fours_;
+  Four<Element> groups_[2] = {};
+};
+
+using Sums = float[tile][tile];
+
+__device__ __forceinline__ void clear(Sums& sums) {
+#pragma unroll
+  for (int i = 0; i < tile * tile; ++i) sums[i / tile][i % tile] = 0.0f;
+}
+
+// sums[r][c] += a[k][r] * b[k][c] for k = 0 .. depth - 1, in this order. The columns of b are
+// 0..3 and half_b .. half_b + 3.
+__device__ __forceinline__ void multiply(Sums& sums, const float* a, int a_pitch, const float* b,
+                                         int b_pitch, int half_b, int depth) {
+#pragma unroll 2
+  for (int k = 0; k < depth; ++k, a += a_pitch, b += b_pitch) {
+    const float4 a0 = *reinterpret_cast<const float4*>(a);
+    const float4 a1 = *reinterpret_cast<const float4*>(a + 4);
+    const float4 b0 = *reinterpret_cast<const float4*>(b);
+    const float4 b1 = *reinterpret_cast<const float4*>(b + half_b);
+    const float rows[tile] = {a0.x, a0.y, a0.z, a0.w, a1.x, a1.y, a1.z, a1.w};
+    const float cols[tile] = {b0.x, b0.y, b0.z, b0.w, b1.x, b1.y, b1.z, b1.w};
+#pragma unroll
+    for (int r = 0; r < tile; ++r) {
+#pragma unroll
+      for (int c = 0; c < tile; ++c) sums[r][c] = fmaf(rows[r], cols[c], sums[r][c]);
     }
   }
 }
 
-// Calls visit(row, col, y) once for every element of the token's Y, in this thread or another.
-template <class Element, class Visit>
-__device__ void transform(const Problem& problem, int chunk_cols, const SharedMemory& shared,
-                          int64_t token, Visit visit) {
-  const int rows = problem.rows, cols = problem.cols;
-  const auto* x = static_cast<const Element*>(problem.input) + token * problem.input_stride;
-  const auto* left = static_cast<const Element*>(problem.left);
-  const auto* right = static_cast<const Element*>(problem.right);
-  const int lane = threadIdx.x % 32;
-  const int thread_row = 8 * (threadIdx.x / 32);
-  float acc[8];
-  for (int col = 0; col < cols; col += chunk_cols) {
-    for (int row = 0; row < rows; row += tile_rows) {
-      multiply_tile<true>(
-          acc, shared, cols,
-          [&](int k, int r) {
-            return k < cols && row + r < rows ? to_float(x[(row + r) * cols + k]) : 0.0f;
-          },
-          [&](int k, int c) {
-            return k < cols && c < chunk_cols && col + c < cols
-                       ? to_float(right[k * cols + col + c])
-                       : 0.0f;
-          });
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (row + thread_row + i < rows && lane < chunk_cols) {
-          shared.u[(row + thread_row + i) * chunk_cols + lane] = acc[i];
-        }
-      }
-    }
-    for (int row = 0; row < rows; row += tile_rows) {
-      multiply_tile<false>(
-          acc, shared, rows,
-          [&](int k, int r) {
-            return k < rows && row + r < rows ? to_float(left[k * rows + row + r]) : 0.0f;
-          },
-          [&](int k, int c) {
-            return k < rows && c < chunk_cols ? shared.u[k * chunk_cols + c] : 0.0f;
-          });
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (row + thread_row + i < rows && lane < chunk_cols && col + lane < cols) {
-          visit(row + thread_row + i, col + lane, acc[i]);
-        }
-      }
-    }
-  }
-}
-
-__device__ inline float block_max(float max, float* maxima) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    max = absmax(max, __shfl_xor_sync(0xffffffffu, max, step));
-  }
-  if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = max;
+// use(stage, k, depth) for every tile of a matrix of `rows` rows, after fetch(k) has brought it to
+// registers and deliver(stage, k) to stage 0 or 1.
+template <class Fetch, class Deliver, class Use>
+__device__ __forceinline__ void for_each_tile(int rows, int depth, Fetch fetch, Deliver deliver,
+                                              Use use) {
+  fetch(0);
+  deliver(0, 0);
   __syncthreads();
-#pragma unroll
-  for (int warp = 0; warp < threads / 32; ++warp) max = absmax(max, maxima[warp]);
-  return max;
-}
-
-// Codes from the Y kept in shared memory.
-__device__ inline void store_codes(const Problem& problem, const TokenScale& scale,
-                                   const float* transformed, int64_t token) {
-  const int features = problem.rows * problem.cols;
-  const bool prepares = scale.needs_prepare;
-  auto value = [&](int i) { return prepares ? scale.prepare(transformed[i]) : transformed[i]; };
-  if (problem.storage == Storage::int32) {
-    auto* words = static_cast<uint32_t*>(problem.codes) + token * (features / 8);
-    for (int i = threadIdx.x; i < features / 8; i += threads) {
-      float values[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) values[j] = value(8 * i + j);
-      words[i] = pack_int4(values, scale.inverse);
-    }
-  } else {
-    auto* codes = static_cast<int8_t*>(problem.codes) + token * features;
-    for (int i = threadIdx.x; i < features; i += threads) {
-      codes[i] = static_cast<int8_t>(code_bits(value(i), scale.inverse) & 0xffu);
-    }
-  }
-}
-
-// Codes from Y computed again. Features of one int4 word are computed by different threads.
-template <class Element>
-__device__ void recompute_codes(const Problem& problem, int chunk_cols, const TokenScale& scale,
-                                const SharedMemory& shared, int64_t token) {
-  const int features = problem.rows * problem.cols;
-  auto* words = static_cast<uint32_t*>(problem.codes) + token * (features / 8);
-  auto* codes = static_cast<int8_t*>(problem.codes) + token * features;
-  const bool packed = problem.storage == Storage::int32;
-  if (packed) {
-    for (int i = threadIdx.x; i < features / 8; i += threads) words[i] = 0;
+  int stage = 0;
+  for (int k = 0; k < rows; k += depth) {
+    const int next = k + depth;
+    if (next < rows) fetch(next);
+    use(stage, k, smaller(depth, rows - k));
+    stage ^= 1;
+    if (next < rows) deliver(stage, next);
     __syncthreads();
   }
-  transform<Element>(problem, chunk_cols, shared, token, [&](int row, int col, float y) {
-    const int feature = row * problem.cols + col;
-    const uint32_t bits = code_bits(scale.needs_prepare ? scale.prepare(y) : y, scale.inverse);
-    if (packed) {
-      atomicOr(&words[feature / 8], (bits & 0xfu) << (4 * (feature % 8)));
-    } else {
-      codes[feature] = static_cast<int8_t>(bits & 0xffu);
+}
+
+// Four neighbouring codes of a row whose length is no multiple of four: the group begins anywhere
+// in a word, the words began as zero. The first `count` exist, the others are zero.
+__device__ __noinline__ inline void store_unaligned(void* token_codes, bool packed, int feature,
+                                                    int count, uint32_t codes) {
+  if (packed) {
+    auto* const words = static_cast<uint32_t*>(token_codes);
+    const uint64_t shifted = static_cast<uint64_t>(codes) << (4 * (feature % 8));
+    const auto low = static_cast<uint32_t>(shifted), high = static_cast<uint32_t>(shifted >> 32);
+    atomicOr(&words[feature / 8], low);
+    if (high != 0) atomicOr(&words[feature / 8 + 1], high);
+  } else {
+    auto* const bytes = static_cast<uint8_t*>(token_codes);
+    for (int i = 0; i < smaller(count, 4); ++i) {
+      bytes[feature + i] = static_cast<uint8_t>(codes >> (8 * i));
     }
-  });
+  }
 }
 
 template <class Element>
-__global__ void __launch_bounds__(threads) kernel(const Problem problem, const Plan plan) {
+__global__ void __launch_bounds__(max_threads) kernel(const Problem problem, const Plan plan) {
   extern __shared__ float4 memory[];
-  const SharedMemory shared(reinterpret_cast<float*>(memory), problem.rows, plan.chunk_cols);
-  for (int64_t token = blockIdx.x; token < problem.tokens; token += gridDim.x) {
-    float max = 0.0f;
-    transform<Element>(problem, plan.chunk_cols, shared, token, [&](int row, int col, float y) {
-      if (plan.keeps_transformed) shared.transformed[row * problem.cols + col] = y;
-      max = absmax(max, y);
-    });
-    const TokenScale scale(block_max(max, shared.maxima), problem.clip_ratio);
-    if (threadIdx.x == 0) problem.scales[token] = scale.scale;
-    if (plan.keeps_transformed) {
-      store_codes(problem, scale, shared.transformed, token);
-    } else {
-      recompute_codes<Element>(problem, plan.chunk_cols, scale, shared, token);
+  const int rows = problem.rows, cols = problem.cols;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int a_pitch = tile * plan.tile_rows, b_pitch = tile * plan.tile_cols;
+  const int half_b = b_pitch / 2;  // between the two groups of columns of a thread
+
+  // Which token of the group, and which tile of the chunk. The threads that fill up the last warp
+  // repeat the last token's tiles and store nothing.
+  const int token_threads = plan.tile_rows * plan.tile_cols;
+  const int member = smaller(thread / token_threads, plan.tokens - 1);
+  const int tile_row = thread % token_threads / plan.tile_cols, tile_col = thread % plan.tile_cols;
+  const bool has_tile = thread < plan.tokens * token_threads;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * plan.tokens + member;
+  const bool has_token = has_tile && token < problem.tokens;
+
+  auto* const maxima = reinterpret_cast<uint32_t*>(memory);  // max|Y| of each token, as bits
+  float* const stages = reinterpret_cast<float*>(memory) + plan.maxima_size;
+  float* const w = stages + 2 * plan.stage_size + member * plan.w_size;  // (cols, w_pitch)
+  // A stage holds `depth` rows of the first factor (a_pitch) and then of the second (b_pitch).
+  auto stage_a = [&](int stage) { return stages + stage * plan.stage_size; };
+  auto stage_b = [&](int stage, int depth) { return stage_a(stage) + depth * a_pitch; };
+
+  const auto* const x = static_cast<const Element*>(problem.input) + token * problem.input_stride;
+  const auto* const left = static_cast<const Element*>(problem.left);
+  const auto* const right = static_cast<const Element*>(problem.right);
+
+  if (thread < plan.tokens) maxima[thread] = 0;
+  const bool packed = problem.storage == Storage::int32;
+  const int token_bytes = packed ? rows * cols / 2 : rows * cols;
+  if (packed && cols % 4 != 0 && has_token) {
+    auto* const words = static_cast<uint32_t*>(problem.codes) + token * (token_bytes / 4);
+    for (int i = thread % token_threads; i < token_bytes / 4; i += token_threads) words[i] = 0;
+  }
+
+  Sums sums;
+  const int chunks = plan.row_chunks * plan.col_chunks;
+  for (int step = 0; step < 2 * chunks - 1; ++step) {
+    // First all chunks for the maximum, then back from the last, which still is in the registers.
+    const int chunk = smaller(step, 2 * (chunks - 1) - step);
+    const int first_row = chunk / plan.col_chunks * a_pitch;
+    const int first_col = chunk % plan.col_chunks * b_pitch;
+
+    if (plan.w_size != 0) {
+      const int depth = plan.left_depth;
+      Courier<Element> left_rows(left, rows, rows, first_row, thread / plan.tile_rows,
+                                 4 * (thread % plan.tile_rows), a_pitch / 2, a_pitch,
+                                 thread < depth * plan.tile_rows);
+      Courier<Element> x_rows(x, rows, cols, 0, tile_row, 4 * tile_col, half_b, b_pitch,
+                              has_token && tile_row < depth);
+      auto stage_x = [&](int stage) { return stage_b(stage, depth) + member * depth * b_pitch; };
+      clear(sums);
+      for_each_tile(
+          rows, depth,
+          [&](int k) {
+            left_rows.fetch(k);
+            x_rows.fetch(k);
+          },
+          [&](int stage, int) {
+            left_rows.deliver(stage_a(stage));
+            x_rows.deliver(stage_x(stage));
+          },
+          [&](int stage, int, int count) {
+            multiply(sums, stage_a(stage) + tile * tile_row, a_pitch, stage_x(stage) + 4 * tile_col,
+                     b_pitch, half_b, count);
+          });
+#pragma unroll
+      for (int c = 0; c < tile; ++c) {
+        const int col = 4 * tile_col + (c < 4 ? c : half_b + c - 4);
+        if (!has_tile || col >= cols) continue;
+        auto* const to = reinterpret_cast<float4*>(w + col * plan.w_pitch + tile * tile_row);
+        to[0] = make_float4(sums[0][c], sums[1][c], sums[2][c], sums[3][c]);
+        to[1] = make_float4(sums[4][c], sums[5][c], sums[6][c], sums[7][c]);
+      }
     }
-    __syncthreads();  // the next token's values and maxima replace this one's
+
+    const int depth = plan.right_depth;
+    Courier<Element> right_rows(right, cols, cols, first_col, thread / plan.tile_cols, 4 * tile_col,
+                                half_b, b_pitch, thread < depth * plan.tile_cols);
+    clear(sums);
+    for_each_tile(
+        cols, depth, [&](int k) { right_rows.fetch(k); },
+        [&](int stage, int k) {
+          right_rows.deliver(stage_b(stage, depth));
+          if (plan.w_size != 0) return;
+          // There is no room for W: compute the columns of it that this tile needs.
+          for (int i = thread; i < depth * a_pitch; i += plan.threads) {
+            const int row = first_row + i % a_pitch, col = k + i / a_pitch;
+            float sum = 0.0f;
+            for (int j = 0; j < rows && row < rows && col < cols; ++j) {
+              sum = fmaf(static_cast<float>(left[j * rows + row]),
+                         static_cast<float>(x[j * cols + col]), sum);
+            }
+            stage_a(stage)[i] = sum;
+          }
+        },
+        [&](int stage, int k, int count) {
+          const bool from_w = plan.w_size != 0;
+          multiply(sums, (from_w ? w + k * plan.w_pitch : stage_a(stage)) + tile * tile_row,
+                   from_w ? plan.w_pitch : a_pitch, stage_b(stage, depth) + 4 * tile_col, b_pitch,
+                   half_b, count);
+        });
+
+    const int row = first_row + tile * tile_row, col = first_col + 4 * tile_col;
+    float max = 0.0f;
+#pragma unroll
+    for (int r = 0; r < tile; ++r) {
+#pragma unroll
+      for (int c = 0; c < tile; ++c) {
+        const bool inside = row + r < rows && col + (c < 4 ? c : half_b + c - 4) < cols;
+        if (!inside) sums[r][c] = 0.0f;
+        max = absmax(max, sums[r][c]);
+      }
+    }
+    if (step < chunks && has_token) atomicMax(&maxima[member], float_bits(max));
+    if (step < chunks - 1) continue;
+    if (step == chunks - 1) __syncthreads();
+    if (!has_token) continue;
+
+    const TokenScale scale(bits_float(maxima[member]), problem.clip_ratio);
+    if (chunk == 0 && tile_row == 0 && tile_col == 0) problem.scales[token] = scale.scale;
+    auto* const codes = static_cast<unsigned char*>(problem.codes) + token * token_bytes;
+#pragma unroll
+    for (int i = 0; i < 2 * tile; ++i) {
+      const int group = i % 2, group_row = row + i / 2, group_col = col + group * half_b;
+      if (group_row >= rows || group_col >= cols) continue;
+      float values[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        values[c] = sums[i / 2][4 * group + c];
+        if (scale.needs_prepare) values[c] = scale.prepare(values[c]);
+      }
+      const uint32_t four =
+          packed ? pack_int4(values, scale.inverse) : pack_int8(values, scale.inverse);
+      const int feature = group_row * cols + group_col;
+      if (cols % 4 != 0) {
+        store_unaligned(codes, packed, feature, cols - group_col, four);
+      } else if (packed) {
+        reinterpret_cast<uint16_t*>(codes)[feature / 4] = static_cast<uint16_t>(four);
+      } else {
+        reinterpret_cast<uint32_t*>(codes)[feature / 4] = four;
+      }
+    }
   }
 }
 

@@ -2,8 +2,6 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
-
 #include "cuda_check.h"
 #include "simt/kernel.cuh"
 #include "simt/launch.h"
@@ -17,10 +15,8 @@ void launch(const Problem& problem, cudaStream_t stream) {
   check_cuda(cudaFuncSetAttribute(kernel<Element>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   plan.shared_bytes),
              "simt", problem);
-  // Eight blocks are all that an SM can hold; more tokens go round.
-  const int64_t resident = 8 * device_attribute(cudaDevAttrMultiProcessorCount, "simt", problem);
-  const auto blocks = static_cast<unsigned>(std::min(problem.tokens, resident));
-  kernel<Element><<<blocks, threads, plan.shared_bytes, stream>>>(problem, plan);
+  const auto blocks = static_cast<unsigned>((problem.tokens + plan.tokens - 1) / plan.tokens);
+  kernel<Element><<<blocks, plan.threads, plan.shared_bytes, stream>>>(problem, plan);
   check_cuda(cudaGetLastError(), "simt", problem);
 }
 

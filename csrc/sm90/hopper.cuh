@@ -11,8 +11,8 @@
 
 #define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
 #include <cutlass/arch/barrier.h>
-#include <cutlass/arch/reg_reconfig.h>
 #include <cutlass/numeric_types.h>
+#include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/arch/mma_sm90.hpp>
 #include <cute/arch/mma_sm90_desc.hpp>
@@ -38,9 +38,6 @@ __device__ __forceinline__ void mbarrier_init(Mbarrier* barrier, int arrivals) {
 // Makes initialised barriers visible to the copy engine.
 __device__ __forceinline__ void mbarrier_init_fence() { cutlass::arch::fence_barrier_init(); }
 
-__device__ __forceinline__ void mbarrier_arrive(Mbarrier* barrier) {
-  cutlass::arch::ClusterBarrier::arrive(barrier);
-}
 __device__ __forceinline__ void mbarrier_arrive_expect_bytes(Mbarrier* barrier, uint32_t bytes) {
   cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(barrier, bytes);
 }
@@ -52,8 +49,17 @@ __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, uint32_t parity
 // Ordinary shared-memory stores before it are seen by wgmma and the copy engine after it.
 __device__ __forceinline__ void fence_proxy_async() { cutlass::arch::fence_view_async_shared(); }
 
-__device__ __forceinline__ void prefetch_l2(const void* global) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+// Starts a copy of `bytes` (4 or 16) from global to shared memory; zeros arrive if not `condition`.
+template <int bytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool condition) {
+  cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<cute::uint_bit_t<bytes * 8>>::copy(
+      *static_cast<const cute::uint_bit_t<bytes * 8>*>(global),
+      *static_cast<cute::uint_bit_t<bytes * 8>*>(shared), condition);
+}
+// Returns once all copies that this thread started have arrived.
+__device__ __forceinline__ void copy_async_wait() {
+  cute::cp_async_fence();
+  cute::cp_async_wait<0>();
 }
 
 // --- copy engine ---
@@ -93,9 +99,10 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared, Swizzle
   return descriptor;
 }
 
-// The descriptor `bytes` further on.
+// The descriptor `bytes` further on. The address is in the low word and does not carry out of it.
 __device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) {
-  return descriptor + (bytes >> 4);
+  const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);
+  return (descriptor & 0xffffffff00000000u) | low;
 }
 
 template <class Element>
@@ -160,19 +167,16 @@ __device__ __forceinline__ void wgmma_wait(float (&d)[count]) {
   fence_registers(d);
 }
 
-// --- warp and warpgroup ---
-
-template <int registers>
-__device__ __forceinline__ void raise_registers() {
-  cutlass::arch::warpgroup_reg_alloc<registers>();
-}
-template <int registers>
-__device__ __forceinline__ void lower_registers() {
-  cutlass::arch::warpgroup_reg_dealloc<registers>();
-}
+// --- warp ---
 
 __device__ __forceinline__ int warp_uniform(int value) {
   return __shfl_sync(0xffffffffu, value, 0);
+}
+
+// Sum over the four lanes of a quad, the same bits in each.
+__device__ __forceinline__ float quad_sum(float value) {
+  value += __shfl_xor_sync(0xffffffffu, value, 1);
+  return value + __shfl_xor_sync(0xffffffffu, value, 2);
 }
 
 // Largest of the warp's non-negative or NaN values; NaN wins (see absmax in quantize.cuh).

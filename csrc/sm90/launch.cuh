@@ -18,9 +18,14 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder(const Problem& probl
   static void* const encoder = [&] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
-    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                cudaEnableDefault, &found),
-               "sm90", problem);
+#if CUDART_VERSION >= 12050
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                               12000, cudaEnableDefault, &found);
+#else
+    const cudaError_t error =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+    check_cuda(error, "sm90", problem);
     if (found != cudaDriverEntryPointSuccess) {
       throw std::runtime_error("flatquant: kernel 'sm90' failed on " + describe(problem) +
                                ": the driver has no cuTensorMapEncodeTiled (CUDA 12)");
@@ -48,7 +53,7 @@ CUtensorMap make_input_map(const Problem& problem) {
   const CUresult result = tensor_map_encoder(problem)(
       &map, is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,
       const_cast<void*>(problem.input), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      swizzle, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("flatquant: kernel 'sm90' failed on " + describe(problem) +
                              ": tensor map rejected, CUresult " + std::to_string(result));

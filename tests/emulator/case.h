@@ -71,6 +71,7 @@ int run_case(int argument_count, char** arguments, Launch launch) {
   for (const Buffer* buffer : {&codes, &scales}) {
     std::memset(buffer->data(), static_cast<int>(header.fill), buffer->bytes());
   }
+  auto counter = static_cast<uint32_t>(header.seed);  // any content
   const flatquant::Problem problem{input.data(),
                                    left.data(),
                                    right.data(),
@@ -82,7 +83,8 @@ int run_case(int argument_count, char** arguments, Launch launch) {
                                    static_cast<int>(header.cols),
                                    static_cast<float>(header.clip_ratio),
                                    dtype,
-                                   storage};
+                                   storage,
+                                   &counter};
   launch(problem, static_cast<unsigned>(header.blocks), header.seed);
 
   file = std::fopen(arguments[2], "wb");

@@ -32,20 +32,18 @@ static void kernel(const CUtensorMap& map_a, const CUtensorMap& map_b) {
   }
   __syncthreads();
   if (threadIdx.x >= 128) {
-    lower_registers<24>();
     if (threadIdx.x == 128) {
       if (makes("early exit")) {
         tma_load_3d(&map_a, full, a, 0, 0, 0);
         return;
       }
       mbarrier_arrive_expect_bytes(full, 2 * matrix_bytes + (makes("too many bytes") ? 16 : 0));
-      if (makes("two arrivals")) mbarrier_arrive(full);
+      if (makes("two arrivals")) mbarrier_arrive_expect_bytes(full, 0);
       tma_load_3d(&map_a, full, a + (makes("misaligned copy") ? 64 : 0), 0, 0, 0);
       tma_load_3d(&map_b, full, b, 0, 0, 0);
     }
     return;
   }
-  if (makes("too many registers")) raise_registers<240>();
   if (makes("early exit")) return;
   if (makes("barrier counts")) named_barrier_sync(0, threadIdx.x < 64 ? 64 : 128);
   if (makes("partial barrier") && threadIdx.x >= 32) named_barrier_sync(0, 128);

@@ -29,6 +29,7 @@
 #undef __host__
 #undef __shared__
 #undef __forceinline__
+#undef __noinline__
 #undef __launch_bounds__
 #undef __grid_constant__
 #define __global__
@@ -36,6 +37,7 @@
 #define __host__
 #define __shared__  // dynamic: the driver of a kernel defines the array; static: not modelled
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
 
@@ -46,7 +48,6 @@ namespace emulator {
 
 constexpr int warp_size = 32;
 constexpr int warpgroup_size = 128;
-constexpr int registers_per_block = 65536;
 constexpr int shared_limit = 227 * 1024;
 constexpr unsigned char poison = 0xff;  // NaN in every floating-point type
 
@@ -160,7 +161,6 @@ struct Thread {
   ucontext_t context;
   unsigned char* stack = nullptr;
   bool done = false;
-  int registers = 0;
   const std::function<std::string()>* waits_for = nullptr;
 };
 
@@ -182,22 +182,21 @@ class Machine {
     sigaction(SIGBUS, &action, nullptr);
   }
 
-  // Calls `body` in every thread of every block. A thread starts with the registers that launch
-  // bounds of one block leave it, in steps of 8, but no more than `most_registers`: ptxas compiles
-  // a kernel with setmaxnreg.inc for no more than that asks for.
+  // Calls `body` in every thread of every block; the blocks run one after another, in any order.
   void launch(dim3 grid, dim3 block, int shared_bytes, uint64_t seed,
-              const std::function<void()>& body, int most_registers = 256) {
+              const std::function<void()>& body) {
     threads_ = block.x * block.y * block.z;
     if (threads_ < 1 || threads_ > 1024) fail("a block of %d threads", threads_);
     if (shared_bytes > shared_limit) fail("%d bytes of shared memory", shared_bytes);
-    registers_at_launch_ = std::min(most_registers, registers_per_block / threads_ / 8 * 8);
     gridDim = grid;
     blockDim = block;
     body_ = &body;
     random_ = Random(seed);
     const unsigned blocks = grid.x * grid.y * grid.z;
-    for (block_number_ = 0; block_number_ < blocks; ++block_number_) {
-      const unsigned i = block_number_;
+    std::vector<unsigned> order(blocks);
+    for (unsigned i = 0; i < blocks; ++i) order[i] = i;
+    while (!order.empty()) {
+      const unsigned i = block_number_ = take(order);
       block_ = uint3{i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
       shared.reset(shared_bytes);
       run_block();
@@ -286,21 +285,6 @@ class Machine {
     return slots;
   }
 
-  // setmaxnreg: registers come from and go to the block's pool.
-  void set_registers(int registers, bool raise) {
-    int& own = self().registers;
-    if (registers < 24 || registers > 256 || registers % 8 != 0) fail("setmaxnreg %d", registers);
-    if (raise ? registers < own : registers > own) {
-      fail("setmaxnreg.%s to %d from %d registers", raise ? "inc" : "dec", registers, own);
-    }
-    wait(
-        register_queue_, [&] { return format("%d registers a thread", registers); },
-        [&] { return registers - own <= free_registers_; });
-    free_registers_ -= registers - own;
-    own = registers;
-    notify(register_queue_);
-  }
-
   std::string where() const {
     if (current_ < 0) return format("block %u", block_number_);
     return format("block %u, thread %d", block_number_, current_);
@@ -315,14 +299,12 @@ class Machine {
   void run_block() {
     for (Barrier& barrier : barriers_) barrier = Barrier();
     for (Warp& warp : warps_) warp = Warp();
-    free_registers_ = 0;
     redraw();
     block_starts();
     for (int i = 0; i < threads_; ++i) {
       Thread& thread = pool_[i];
       if (!thread.stack) thread.stack = new_stack();
       thread.done = false;
-      thread.registers = registers_at_launch_;
       getcontext(&thread.context);
       thread.context.uc_stack.ss_sp = thread.stack;
       thread.context.uc_stack.ss_size = stack_bytes;
@@ -332,13 +314,6 @@ class Machine {
     }
     alive_ = threads_;
     schedule();
-    for (int first = 0; first + warpgroup_size <= threads_; first += warpgroup_size) {
-      for (int i = first; i < first + warpgroup_size; ++i) {
-        if (pool_[i].registers != pool_[first].registers) {
-          fail("setmaxnreg by some threads of warpgroup %d", first / warpgroup_size);
-        }
-      }
-    }
     block_ended();
   }
 
@@ -431,13 +406,12 @@ class Machine {
   bool slow_[max_warps] = {};
   std::vector<int> ready_[2];                     // of quick and of slow warps
   std::vector<std::function<void()>> events_[2];  // and late ones
-  WaitQueue register_queue_;
   const std::function<void()>* body_ = nullptr;
   ucontext_t scheduler_;
   Random random_{0};
   uint3 block_ = {};
   unsigned block_number_ = 0;
-  int threads_ = 0, alive_ = 0, current_ = -1, free_registers_ = 0, registers_at_launch_ = 0;
+  int threads_ = 0, alive_ = 0, current_ = -1;
   int steps_until_redraw_ = 0;
   uint32_t event_chance_ = 0;
 };
@@ -515,6 +489,12 @@ template <class T>
 T atomicOr(T* address, T value) {
   const T old = *address;
   *address = old | value;
+  return old;
+}
+template <class T>
+T atomicAdd(T* address, T value) {
+  const T old = *address;
+  *address = old + value;
   return old;
 }
 template <class T>

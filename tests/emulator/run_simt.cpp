@@ -1,4 +1,5 @@
-// Runs the simt kernel in the emulator: run_simt CASE RESULT (see case.h).
+// Runs the simt kernel in the emulator: run_simt CASE RESULT (see case.h). The grid follows from
+// the problem; the case's `blocks` count the 48 KiB of shared memory that a block may have.
 #include "case.h"
 #include "simt/kernel.cuh"
 
@@ -12,8 +13,8 @@ using namespace flatquant::simt;
 
 template <class Element>
 void launch(const Problem& problem, unsigned blocks, uint64_t seed) {
-  // Small problems keep Y in shared memory; with this limit larger ones do not, as on an older GPU.
-  const Plan plan(problem.rows, problem.cols, 48 * 1024);
+  const int shared_limit = smaller(static_cast<int>(blocks) * usual_shared, emulator::shared_limit);
+  const Plan plan(problem.rows, problem.cols, shared_limit);
   auto* bytes = reinterpret_cast<unsigned char*>(memory);
   emulator::Machine& machine = emulator::machine();
   machine.block_starts = [=] { std::memset(bytes, emulator::poison, memory_bytes); };
@@ -22,7 +23,8 @@ void launch(const Problem& problem, unsigned blocks, uint64_t seed) {
       if (bytes[i] != emulator::poison) emulator::fail("a store outside the shared memory");
     }
   };
-  machine.launch(dim3(blocks), dim3(threads), plan.shared_bytes, seed,
+  const auto groups = static_cast<unsigned>((problem.tokens + plan.tokens - 1) / plan.tokens);
+  machine.launch(dim3(groups), dim3(plan.threads), plan.shared_bytes, seed,
                  [&] { kernel<Element>(problem, plan); });
 }
 

@@ -26,9 +26,8 @@ void launch_class(const Problem& problem, unsigned blocks, uint64_t seed) {
   using Class = Config<Element, shape_classes[index].depth, shape_classes[index].cols>;
   const CUtensorMap map = make_input_map<Class>(problem);
   emulator::attach_sm90();
-  emulator::machine().launch(
-      dim3(blocks), dim3(Class::threads), Class::shared_bytes, seed,
-      [&] { kernel<Class>(map, problem); }, consumer_registers(Class::consumers / 128));
+  emulator::machine().launch(dim3(blocks), dim3(Class::threads), Class::shared_bytes, seed,
+                             [&] { kernel<Class>(map, problem); });
 }
 
 template <class Element, int... indices>

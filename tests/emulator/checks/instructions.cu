@@ -12,7 +12,6 @@ extern "C" __global__ void mbarrier(Mbarrier* barrier) {
   mbarrier_init(barrier, 5);
   mbarrier_init_fence();
   mbarrier_arrive_expect_bytes(barrier, 4096);
-  mbarrier_arrive(barrier);
   mbarrier_wait(barrier, 1);
 }
 extern "C" __global__ void copy(const __grid_constant__ CUtensorMap map, Mbarrier* barrier,
@@ -33,11 +32,9 @@ extern "C" __global__ void products(float* out, uint64_t a, uint64_t b) {
   wgmma_wait(d);
   for (int i = 0; i < 12; ++i) out[i] = d[i];
 }
-extern "C" __global__ void __launch_bounds__(256, 1) registers(float* out) {
-  if (threadIdx.x < 128) {
-    lower_registers<40>();
-  } else {
-    raise_registers<232>();
-  }
-  out[threadIdx.x] = warp_max(out[threadIdx.x]);
+extern "C" __global__ void copies(void* shared, const void* global, bool condition) {
+  copy_async<4>(shared, global, condition);
+  copy_async<16>(shared, global, condition);
+  copy_async_wait();
 }
+extern "C" __global__ void maximum(float* out) { out[threadIdx.x] = warp_max(out[threadIdx.x]); }

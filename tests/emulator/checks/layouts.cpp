@@ -90,8 +90,9 @@ void check_classes(std::integer_sequence<int, indices...>) {
   auto check = [](auto index) {
     constexpr ShapeClass shape = shape_classes[index];
     constexpr int width = Panel::width(shape.cols);
-    check_matrix<width, shape.cols, shape.cols, shape.cols>();    // right
-    check_matrix<width, shape.cols, shape.cols, shape.depth>();   // token
+    constexpr int panel_cols = (shape.cols + width - 1) / width * width;
+    check_matrix<width, panel_cols, panel_cols, shape.cols>();    // right
+    check_matrix<width, panel_cols, panel_cols, shape.depth>();   // token
     check_matrix<64, 64 * shape.row_tiles(), 64, shape.depth>();  // left
   };
   (check(std::integral_constant<int, indices>()), ...);

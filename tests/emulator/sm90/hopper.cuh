@@ -21,7 +21,6 @@ inline void mbarrier_init(Mbarrier* barrier, int arrivals) {
   emulator::mbarriers().init(barrier, arrivals);
 }
 inline void mbarrier_init_fence() { emulator::mbarriers().init_fence(); }
-inline void mbarrier_arrive(Mbarrier* barrier) { emulator::mbarriers().arrive(barrier, 0); }
 inline void mbarrier_arrive_expect_bytes(Mbarrier* barrier, uint32_t bytes) {
   emulator::mbarriers().arrive(barrier, bytes);
 }
@@ -29,7 +28,28 @@ inline void mbarrier_wait(Mbarrier* barrier, uint32_t parity) {
   emulator::mbarriers().wait(barrier, parity);
 }
 
-inline void prefetch_l2(const void*) {}
+// The copies that threads have started, each made when its thread waits.
+inline std::vector<std::function<void()>>& copies_in_flight() {
+  static std::vector<std::function<void()>> copies[1024];
+  return copies[emulator::machine().thread()];
+}
+template <int bytes>
+void copy_async(void* shared, const void* global, bool condition) {
+  if (reinterpret_cast<uintptr_t>(shared) % bytes || reinterpret_cast<uintptr_t>(global) % bytes) {
+    emulator::fail("cp.async of %d bytes is misaligned", bytes);
+  }
+  copies_in_flight().push_back([=] {
+    if (condition) {
+      std::memcpy(shared, global, bytes);
+    } else {
+      std::memset(shared, 0, bytes);
+    }
+  });
+}
+inline void copy_async_wait() {
+  for (const auto& copy : copies_in_flight()) copy();
+  copies_in_flight().clear();
+}
 
 inline void fence_proxy_async() { emulator::machine().shared.publish(); }
 
@@ -71,16 +91,11 @@ void wgmma_wait(float (&d)[count]) {
   emulator::wgmma_unit().wait(d);
 }
 
-template <int registers>
-void raise_registers() {
-  emulator::machine().set_registers(registers, true);
-}
-template <int registers>
-void lower_registers() {
-  emulator::machine().set_registers(registers, false);
-}
-
 inline int warp_uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+inline float quad_sum(float value) {
+  value += __shfl_xor_sync(0xffffffffu, value, 1);
+  return value + __shfl_xor_sync(0xffffffffu, value, 2);
+}
 inline float warp_max(float value) {
   return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value)));
 }

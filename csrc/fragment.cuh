@@ -1,0 +1,256 @@
+// A warp's 16 rows of Y as the accumulators of mma instructions hold them, and their way to memory.
+// Accumulator 4 * block + 2 * half + e of a lane is row lane / 4 + 8 * half, position
+// 8 * block + 2 * (lane % 4) + e; ColumnOrder says which column of Y is at which position.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "problem.h"
+#include "quantize.cuh"
+
+namespace flatquant {
+
+// Order of the right factor's columns in shared memory. An accumulator row gives a thread two
+// neighbouring positions of every eight; the right factor's columns are permuted so that those are
+// consecutive features: a whole int4 word from each four blocks of eight, `vector` such words side
+// by side where that makes wider stores. A last half group of two blocks gives half a word.
+template <int cols>
+struct ColumnOrder {
+  static_assert(cols % 16 == 0);
+  static constexpr int words = cols / 32;  // per thread and row
+  static constexpr int vector = words % 4 == 0 ? 4 : words % 2 == 0 ? 2 : 1;
+  static constexpr bool has_half_word = cols % 32 != 0;
+
+  // First feature column of a thread's word; quad_lane is its lane % 4.
+  static constexpr int word_column(int word, int quad_lane) {
+    return ((word / vector * 4 + quad_lane) * vector + word % vector) * 8;
+  }
+  static constexpr int half_word_column(int quad_lane) { return 32 * words + 4 * quad_lane; }
+
+  // Column of a thread's first of two positions in a block of eight; the second is the next one.
+  static constexpr int column(int block, int quad_lane) {
+    return block < 4 * words ? word_column(block / 4, quad_lane) + 2 * (block % 4)
+                             : half_word_column(quad_lane) + 2 * (block - 4 * words);
+  }
+
+  // Where column `col` of the right factor is put.
+  static constexpr int position(int col) {
+    const int quad_lane = col < 32 * words ? col / 8 / vector % 4 : col % 16 / 4;
+    const int word = col / 8 / (4 * vector) * vector + col / 8 % vector;
+    const int block = col < 32 * words ? 4 * word + col % 8 / 2 : 4 * words + col % 4 / 2;
+    return 8 * block + 2 * quad_lane + col % 2;
+  }
+};
+
+// This thread's share of 16 rows: first_row and first_row + 8, of each the columns that ColumnOrder
+// gives to quad_lane.
+struct ThreadRows {
+  int first_row;
+  int quad_lane;
+};
+
+__device__ __forceinline__ uint32_t pack_pair(__half, float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+__device__ __forceinline__ uint32_t pack_pair(__nv_bfloat16, float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+// The largest |y|, NaN if there is one; in four independent chains.
+template <int count>
+__device__ __forceinline__ float absmax(const float (&y)[count]) {
+  float max[4] = {y[0], y[1], y[2], y[3]};
+#pragma unroll
+  for (int i = 4; i < count; ++i) max[i % 4] = absmax(max[i % 4], y[i]);
+  return absmax(absmax(max[0], max[1]), absmax(max[2], max[3]));
+}
+
+// `count` 32-bit words (1, 2, 4 or 8) to global memory, at an address aligned to their size, 16
+// bytes at most, if `condition` holds. As predicated instructions: a branch would take the
+// computation of the words with it and cost more than it.
+template <int count>
+__device__ __forceinline__ void store_if(bool condition, void* global,
+                                         const uint32_t (&words)[count]) {
+#if defined(__CUDA_ARCH__)
+  const int predicate = condition;
+  if constexpr (count == 1) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.b32 [%1], %2;}" ::"r"(predicate),
+        "l"(global), "r"(words[0])
+        : "memory");
+  } else if constexpr (count == 2) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.v2.b32 [%1], {%2, %3};}" ::"r"(
+                     predicate),
+                 "l"(global), "r"(words[0]), "r"(words[1])
+                 : "memory");
+  } else if constexpr (count == 4) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.v4.b32 [%1], {%2, %3, %4, %5};}" ::"r"(
+            predicate),
+        "l"(global), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+        : "memory");
+  } else {
+    static_assert(count == 8);
+    store_if(condition, global, {words[0], words[1], words[2], words[3]});
+    store_if(condition, static_cast<uint4*>(global) + 1, {words[4], words[5], words[6], words[7]});
+  }
+#else
+  if (condition) std::memcpy(global, words, sizeof words);
+#endif
+}
+__device__ __forceinline__ void store_if(bool condition, void* global, uint16_t half_word) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.b16 [%1], %2;}" ::"r"(
+                   static_cast<int>(condition)),
+               "l"(global), "h"(half_word)
+               : "memory");
+#else
+  if (condition) std::memcpy(global, &half_word, sizeof half_word);
+#endif
+}
+
+// The eight values of one word's columns in a thread's row `half`; the last four are the next
+// word's, or no accumulators, where the word is the half word.
+template <int count>
+__device__ __forceinline__ void octet_values(float (&values)[8], const float (&y)[count], int word,
+                                             int half) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int accumulator = 4 * (4 * word + i / 2) + 2 * half + i % 2;
+    values[i] = accumulator < count ? y[accumulator] : 0.0f;
+  }
+}
+
+// Codes of a token's 16 rows whose problem.cols is a multiple of 8, so that every word lies inside
+// a row.
+template <int cols, Storage storage>
+__device__ void store_codes(const float (&y)[cols / 2], float inverse, const Problem& problem,
+                            int64_t token, ThreadRows thread) {
+  using Order = ColumnOrder<cols>;
+  constexpr int vector = Order::vector;
+  constexpr bool packed = storage == Storage::int32;
+  constexpr int words_per_octet = packed ? 1 : 2;  // 32-bit words of eight codes
+  // A packed code is half a byte; addresses are taken at even features only.
+  const auto bytes = [](int64_t features) { return packed ? features / 2 : features; };
+  unsigned char* codes = static_cast<unsigned char*>(problem.codes) +
+                         token * bytes(problem.rows * problem.cols) +
+                         bytes(thread.first_row * problem.cols);
+
+#pragma unroll
+  for (int half = 0; half < 2; ++half, codes += bytes(8 * problem.cols)) {
+    const bool inside = thread.first_row + 8 * half < problem.rows;
+#pragma unroll
+    for (int first = 0; first < Order::words; first += vector) {
+      uint32_t words[vector * words_per_octet];
+#pragma unroll
+      for (int word = 0; word < vector; ++word) {
+        float values[8];
+        octet_values(values, y, first + word, half);
+        if constexpr (packed) {
+          words[word] = pack_int4(values, inverse);
+        } else {
+          words[2 * word] = pack_int8({values[0], values[1], values[2], values[3]}, inverse);
+          words[2 * word + 1] = pack_int8({values[4], values[5], values[6], values[7]}, inverse);
+        }
+      }
+      const int col = Order::word_column(first, thread.quad_lane);
+      unsigned char* target = codes + bytes(col);
+      if (problem.cols % (8 * vector) == 0) {
+        // Then the words are aligned together and lie inside the row together.
+        store_if(inside && col < problem.cols, target, words);
+      } else {
+#pragma unroll
+        for (int word = 0; word < vector; ++word) {
+          uint32_t octet[words_per_octet];
+#pragma unroll
+          for (int i = 0; i < words_per_octet; ++i) octet[i] = words[word * words_per_octet + i];
+          store_if(inside && col + 8 * word < problem.cols, target + bytes(8 * word), octet);
+        }
+      }
+    }
+    if constexpr (Order::has_half_word) {
+      float values[8];
+      octet_values(values, y, Order::words, half);
+      const float four[4] = {values[0], values[1], values[2], values[3]};
+      const int col = Order::half_word_column(thread.quad_lane);
+      if constexpr (packed) {
+        store_if(inside && col < problem.cols, codes + bytes(col), pack_int4(four, inverse));
+      } else {
+        store_if(inside && col < problem.cols, codes + bytes(col), {pack_int8(four, inverse)});
+      }
+    }
+  }
+}
+
+// Four int8 codes in a 32-bit word as four int4 codes in its low half.
+__device__ __forceinline__ uint32_t narrow_codes(uint32_t codes) {
+  codes &= 0x0f0f0f0fu;
+  codes = (codes | codes >> 4) & 0x00ff00ffu;
+  return (codes | codes >> 8) & 0xffffu;
+}
+
+// The same for any problem.cols: words may go over the ends of rows. Eight rows at a time become
+// int8 in `scratch` (8 * cols bytes for each warp, aligned to 8), a whole number of words, and are
+// read back by features.
+template <int cols>
+__device__ void store_codes_of_any_cols(const float (&y)[cols / 2], float inverse,
+                                        const Problem& problem, int64_t token, ThreadRows thread,
+                                        unsigned char* scratch) {
+  using Order = ColumnOrder<cols>;
+  const int lane = 4 * (thread.first_row % 8) + thread.quad_lane;
+  const int features = problem.rows * problem.cols;
+  const bool by_fours = problem.cols % 4 == 0;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    __syncwarp();  // the last rows have been read
+    unsigned char* row = scratch + thread.first_row % 8 * problem.cols;
+#pragma unroll
+    for (int word = 0; word < (cols + 31) / 32; ++word) {
+      const bool is_half_word = word == Order::words;
+      float values[8];
+      octet_values(values, y, word, half);
+      const int first = is_half_word ? Order::half_word_column(thread.quad_lane)
+                                     : Order::word_column(word, thread.quad_lane);
+#pragma unroll
+      for (int part = 0; part < (is_half_word ? 4 : 8); part += 4) {
+        const int col = first + part;
+        const uint32_t four = pack_int8(
+            {values[part], values[part + 1], values[part + 2], values[part + 3]}, inverse);
+        if (by_fours) {
+          if (col < problem.cols) *reinterpret_cast<uint32_t*>(row + col) = four;
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (col + i < problem.cols) row[col + i] = static_cast<unsigned char>(four >> 8 * i);
+          }
+        }
+      }
+    }
+    __syncwarp();
+    const int first_row = thread.first_row - thread.first_row % 8 + 8 * half;
+    const int rows = problem.rows - first_row < 8 ? problem.rows - first_row : 8;
+    const int count = rows * problem.cols;  // negative where all rows are padding
+    const int64_t first_feature = token * features + first_row * problem.cols;
+    if (problem.storage == Storage::int32) {
+      auto* words = static_cast<uint32_t*>(problem.codes) + first_feature / 8;
+      for (int i = lane; i < count / 8; i += 32) {
+        const uint2 eight = reinterpret_cast<const uint2*>(scratch)[i];
+        words[i] = narrow_codes(eight.x) | narrow_codes(eight.y) << 16;
+      }
+    } else {
+      auto* codes = static_cast<unsigned char*>(problem.codes) + first_feature;
+      if (features % 4 == 0) {
+        for (int i = lane; i < count / 4; i += 32) {
+          reinterpret_cast<uint32_t*>(codes)[i] = reinterpret_cast<const uint32_t*>(scratch)[i];
+        }
+      } else {
+        for (int i = lane; i < count; i += 32) codes[i] = scratch[i];
+      }
+    }
+  }
+}
+
+}  // namespace flatquant

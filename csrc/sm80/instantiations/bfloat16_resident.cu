@@ -1,0 +1,5 @@
+#include "sm80/launch.cuh"
+
+template void flatquant::sm80::launch<__nv_bfloat16, false>(const Problem&,
+                                                            const flatquant::sm80::Plan&,
+                                                            cudaStream_t);

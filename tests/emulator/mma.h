@@ -1,0 +1,147 @@
+// cp.async, ldmatrix and mma.sync.m16n8k16, by the fragments of the PTX ISA. A copy takes place
+// some time after it was issued and before its thread has waited for it; until then its destination
+// holds NaNs.
+#pragma once
+
+#include <deque>
+
+#include "cuda_emulator.h"
+#include "element.h"
+
+namespace emulator {
+
+class AsyncCopies {
+ public:
+  void block_starts() {
+    for (ThreadState& thread : threads_) thread = ThreadState();
+  }
+  void block_ended() {
+    for (const ThreadState& thread : threads_) {
+      if (thread.open.count > 0) fail("the block ended with a copy that was not committed");
+    }
+  }
+
+  void issue(void* shared, const void* global, int bytes, bool inside) {
+    const uint32_t to = shared_address(shared);
+    if (to % bytes != 0) fail("cp.async to %#x, not aligned to %d bytes", to, bytes);
+    if (reinterpret_cast<uintptr_t>(global) % bytes != 0) {
+      fail("cp.async from %p, not aligned to %d bytes", global, bytes);
+    }
+    unsigned char* const target = machine().shared.generic_view(to, bytes);
+    std::memset(target, poison, bytes);
+    ThreadState& thread = self();
+    ++thread.open.count;
+    const int number = thread.first + static_cast<int>(thread.groups.size());
+    machine().post([this, &thread, number, target, global, bytes, inside] {
+      if (inside) {
+        std::memcpy(target, global, bytes);
+      } else {
+        std::memset(target, 0, bytes);
+      }
+      const int index = number - thread.first;
+      // Of the group that is still open when it is the next one.
+      Group& group =
+          index < static_cast<int>(thread.groups.size()) ? thread.groups[index] : thread.open;
+      --group.count;
+      machine().notify(thread.queue);
+    });
+  }
+
+  void commit() {
+    ThreadState& thread = self();
+    thread.groups.push_back(thread.open);
+    thread.open = Group();
+  }
+
+  // Until at most the `pending` newest groups of the thread are in flight.
+  void wait(int pending) {
+    ThreadState& thread = self();
+    while (static_cast<int>(thread.groups.size()) > pending) {
+      machine().wait(
+          thread.queue, [&] { return format("%d copies", thread.groups.front().count); },
+          [&] { return thread.groups.front().count == 0; });
+      thread.groups.pop_front();
+      ++thread.first;
+    }
+  }
+
+ private:
+  struct Group {
+    int count = 0;  // copies in flight
+  };
+  struct ThreadState {
+    std::deque<Group> groups;  // committed, oldest first
+    Group open;
+    int first = 0;  // number of the oldest
+    WaitQueue queue;
+  };
+
+  ThreadState& self() { return threads_[machine().thread()]; }
+
+  ThreadState threads_[1024];
+};
+
+inline AsyncCopies& async_copies() {
+  static AsyncCopies copies;
+  return copies;
+}
+
+// ldmatrix.x4.trans.m8n8.b16
+inline void ldmatrix_transposed(uint32_t (&d)[4], const void* shared) {
+  const uint32_t* rows = machine().exchange(0xffffffffu, shared_address(shared), "ldmatrix");
+  const int lane = machine().thread() % warp_size;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t row = rows[8 * matrix + 2 * (lane % 4) + i];
+      if (row % 16 != 0) fail("ldmatrix of a row at %#x, not aligned to 16 bytes", row);
+      const unsigned char* element = machine().shared.generic_view(row, 16) + lane / 4 * 2;
+      std::memcpy(reinterpret_cast<unsigned char*>(&d[matrix]) + 2 * i, element, 2);
+    }
+  }
+}
+
+// mma.sync.m16n8k16: D (16 x 8, float) += A (16 x 16) @ B (16 x 8).
+class Mma {
+ public:
+  void multiply(ElementType type, float* d, const uint32_t* a, const uint32_t* b) {
+    const int thread = machine().thread(), lane = thread % warp_size;
+    // A lane may be one operation ahead of another that still reads.
+    const int set = ahead_[thread] ^= 1;
+    Operands* const all = operands_[set] + (thread - lane);
+    std::memcpy(all[lane].a, a, sizeof all[lane].a);
+    std::memcpy(all[lane].b, b, sizeof all[lane].b);
+    machine().exchange(0xffffffffu, 0, "mma");
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
+      float sum = 0.0f;
+      for (int k = 0; k < 16; ++k) {
+        const int quad_lane = k % 8 / 2, shift = k % 2 * 16;
+        const uint32_t pair_a = all[row % 8 * 4 + quad_lane].a[row / 8 + k / 8 * 2];
+        const uint32_t pair_b = all[col * 4 + quad_lane].b[k / 8];
+        sum += to_float(type, static_cast<uint16_t>(pair_a >> shift)) *
+               to_float(type, static_cast<uint16_t>(pair_b >> shift));
+      }
+      d[i] += sum;
+    }
+  }
+
+ private:
+  struct Operands {
+    uint32_t a[4], b[2];
+  };
+  Operands operands_[2][1024];
+  int ahead_[1024] = {};
+};
+
+inline Mma& mma_unit() {
+  static Mma unit;
+  return unit;
+}
+
+// Lets the machine's blocks begin and end with these units.
+inline void attach_sm80() {
+  machine().block_starts = [] { async_copies().block_starts(); };
+  machine().block_ended = [] { async_copies().block_ended(); };
+}
+
+}  // namespace emulator

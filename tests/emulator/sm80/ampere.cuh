@@ -1,0 +1,39 @@
+// The functions of csrc/sm80/ampere.cuh for the host: what the kernels' own source is compiled with
+// to run in the emulator.
+#pragma once
+
+#include "cuda_emulator.h"
+#include "mma.h"
+
+namespace flatquant::sm80 {
+
+inline unsigned char* dynamic_shared_memory() { return emulator::machine().shared.dynamic(); }
+
+inline void named_barrier_sync(int barrier, int threads) {
+  emulator::machine().barrier_sync(barrier, threads);
+}
+
+inline int warp_uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+inline float warp_max(float value) {
+  return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value)));
+}
+
+template <int bytes>
+void cp_async(void* shared, const void* global, bool inside) {
+  emulator::async_copies().issue(shared, global, bytes, inside);
+}
+inline void cp_async_commit() { emulator::async_copies().commit(); }
+inline void cp_async_wait(int pending) { emulator::async_copies().wait(std::min(pending, 7)); }
+
+inline void ldmatrix_transposed(uint32_t (&d)[4], const void* shared) {
+  emulator::ldmatrix_transposed(d, shared);
+}
+
+template <class Element>
+void mma(float* d, const uint32_t* a, const uint32_t* b) {
+  emulator::mma_unit().multiply(std::is_same_v<Element, __half> ? emulator::ElementType::half
+                                                                : emulator::ElementType::bfloat16,
+                                d, a, b);
+}
+
+}  // namespace flatquant::sm80
