@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import math
 import sys
@@ -111,8 +112,13 @@ def _system(features: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
         kernels.append(
             {"features": size, "M": m, "N": n, "kernels": available_kernels(m, n, dtype)}
         )
+    try:  # a wheel's version says what it was built with and for: 0.1.0+cu130.sm90
+        distribution = f"flatquant-cutlass {importlib.metadata.version('flatquant-cutlass')}"
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        distribution = None
     return {
         "version": __version__,
+        "distribution": distribution,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "gpu": gpu,
@@ -135,6 +141,7 @@ def _print_system(system: dict[str, Any], dtype: str) -> None:
     gpu = system["gpu"]
     archs = " ".join(f"sm_{arch}" for arch in system["compiled_archs"])
     rows = {
+        "installed as": system["distribution"] or "not installed",
         "torch": f"{system['torch']}, CUDA {system['cuda'] or 'none'}",
         "GPU": f"{gpu['name']}, compute capability {gpu['compute_capability']}"
         if gpu

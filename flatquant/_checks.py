@@ -23,8 +23,7 @@ def check_problem(
     pack_int32: bool,
 ) -> tuple[int, int]:
     """Check the arguments of one quantisation; the factor sizes ``(M, N)`` if they are right."""
-    if not isinstance(input_tensor, Tensor):
-        raise TypeError(f"input_tensor must be a torch.Tensor, got {type(input_tensor).__name__}")
+    check_tensor("input_tensor", input_tensor)
     dtype, shape = input_tensor.dtype, input_tensor.shape
     if dtype not in DTYPES:
         raise TypeError(f"input_tensor must be float16, bfloat16 or float32, got {dtype}")
@@ -43,6 +42,7 @@ def check_problem(
             f"got shape {tuple(shape)} with strides {input_tensor.stride()}: call .contiguous()"
         )
     check_clip_ratio(clip_ratio)
+    check_flag("pack_int32", pack_int32)
     if pack_int32 and features % 8 != 0:
         raise ValueError(
             f"pack_int32=True needs features that are a multiple of 8, got {M} * {N} = {features}"
@@ -50,9 +50,23 @@ def check_problem(
     return M, N
 
 
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """``tensor`` must be a dense torch.Tensor: no sparse, nested or otherwise opaque layout."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} must be a dense (torch.strided) tensor, got a {kind} one")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """``value`` must be a bool: a tensor has no truth value, and any string would be true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r} of type {type(value).__name__}")
+
+
 def _check_factor(name: str, factor: Tensor, dtype: torch.dtype, device: torch.device) -> int:
-    if not isinstance(factor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(factor).__name__}")
+    check_tensor(name, factor)
     if factor.dtype is not dtype:
         raise TypeError(f"{name} must have the dtype of input_tensor, {dtype}, got {factor.dtype}")
     if factor.device != device:

@@ -16,9 +16,12 @@ def get_decompose_dim(n: int) -> tuple[int, int]:
         TypeError: ``n`` is not an integer.
         ValueError: ``n < 1``.
     """
-    if isinstance(n, bool) or not hasattr(n, "__index__"):
-        raise TypeError(f"n must be an integer, got {n!r} of type {type(n).__name__}")
-    n = operator.index(n)
+    try:
+        if isinstance(n, bool):
+            raise TypeError
+        n = operator.index(n)
+    except TypeError:
+        raise TypeError(f"n must be an integer, got {n!r} of type {type(n).__name__}") from None
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     any_parity = n % 4 == 2

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import DTYPES, check_problem, row_stride
+from ._checks import DTYPES, check_flag, check_problem, check_tensor, row_stride
 from ._library import EXTENSION_LOADED, LOAD_ERROR
 from .packing import unpack_int4
 
@@ -38,7 +38,7 @@ def flatquant_dynamic_quantize(
 
     which is FlatQuant's online transform and per-token quantisation (Sun et al., 2024,
     arXiv:2410.09426). A token of zeros gets codes 0 and scale 1; one whose Y holds NaN or Inf gets
-    codes 0 and scale NaN or +Inf. The results carry no gradient.
+    codes 0 and scale NaN or +Inf. There is no gradient. torch.autocast casts no argument.
 
     Args:
         input_tensor: ``[..., features]``, ``features = M * N``, float16, bfloat16 or float32. The
@@ -60,9 +60,15 @@ def flatquant_dynamic_quantize(
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, stride, device or clip_ratio, features that cannot be packed,
             or a kernel that is unknown or cannot serve this problem.
+        NotImplementedError: a tensor requires a gradient while gradients are recorded.
         RuntimeError: ``use_cuda=True`` without the compiled extension, or a CUDA error.
     """
     check_problem(input_tensor, left_trans, right_trans, clip_ratio, pack_int32)
+    check_flag("use_cuda", use_cuda)
+    if torch.is_grad_enabled() and (
+        input_tensor.requires_grad or left_trans.requires_grad or right_trans.requires_grad
+    ):
+        _refuse_gradients(input_tensor, left_trans, right_trans)
     if type(clip_ratio) is not float:
         clip_ratio = float(clip_ratio)
     if not isinstance(kernel, str):
@@ -116,9 +122,9 @@ def dequantize_int4(
         TypeError: a wrong type or dtype.
         ValueError: a wrong shape or device.
     """
-    for name, tensor in (("quantized", quantized), ("scales", scales)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    check_tensor("quantized", quantized)
+    check_tensor("scales", scales)
+    check_flag("packed_int32", packed_int32)
     storage = torch.int32 if packed_int32 else torch.int8
     if quantized.dtype != storage:
         raise TypeError(
@@ -157,23 +163,48 @@ def available_kernels(
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: M or N < 1.
+        ValueError: M or N < 1, or a device that does not exist.
     """
     for name, size in (("M", M), ("N", N)):
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(f"{name} must be an int, got {size!r} of type {type(size).__name__}")
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
-    if dtype not in DTYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
         raise TypeError(f"dtype must be torch.float16, bfloat16 or float32, got {dtype!r}")
     if device is None:
         device = "cuda" if CUDA_AVAILABLE else "cpu"
-    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    device = _as_device(device)
     if device.type != "cuda" or not CUDA_AVAILABLE:
+        return ["reference"]
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device must be one of {torch.cuda.device_count()}, got {device}")
+    if max(M, N) >= 2**31:  # more than the operator's integers hold, or any kernel serves
         return ["reference"]
     major, minor = torch.cuda.get_device_capability(device)
     names = torch.ops.flatquant.kernel_names(M, N, dtype, 10 * major + minor)
     return [*(names.split(",") if names else []), "reference"]
+
+
+def _as_device(device: torch.device | str | int) -> torch.device:
+    if isinstance(device, bool) or not isinstance(device, (torch.device, str, int)):
+        raise TypeError(
+            f"device must be a torch.device, str or int, got {device!r} "
+            f"of type {type(device).__name__}"
+        )
+    try:
+        return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"device must name a device of torch, got {device!r}: {error}") from None
+
+
+def _refuse_gradients(*tensors: Tensor) -> None:
+    names = ("input_tensor", "left_trans", "right_trans")
+    wrong = [name for name, tensor in zip(names, tensors, strict=True) if tensor.requires_grad]
+    raise NotImplementedError(
+        f"{' and '.join(wrong)} must not require a gradient, for quantising has none: "
+        f"call under torch.no_grad(), or pass {wrong[0]}.detach()"
+    )
 
 
 def _check_kernel(

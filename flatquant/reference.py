@@ -6,6 +6,8 @@ Results for one token may depend on the batch in the last bits, as those of any 
 PyTorch do; the kernels promise more.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -32,8 +34,15 @@ def transform(
     """
     M, N = left_trans.shape[0], right_trans.shape[0]
     tokens = input_tensor.to(compute_dtype).reshape(-1, M, N)
-    half = left_trans.to(compute_dtype).T @ tokens
-    return (half @ right_trans.to(compute_dtype)).reshape(input_tensor.shape)
+    with _without_autocast(input_tensor.device.type):  # it would round both products' operands
+        half = left_trans.to(compute_dtype).T @ tokens
+        transformed: Tensor = half @ right_trans.to(compute_dtype)
+    return transformed.reshape(input_tensor.shape)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    # Meta tensors know no autocast; asking torch which devices do, torch.compile cannot trace.
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 @torch.no_grad()

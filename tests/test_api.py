@@ -121,8 +121,10 @@ def test_the_reference_is_what_runs_without_cuda_and_by_name(options: dict[str, 
 def test_inputs_stay_as_they_are_and_results_carry_no_gradient() -> None:
     problem = [tensor.requires_grad_() for tensor in random_problem(4, 6, 3, torch.float32)]
     before = [tensor.detach().clone() for tensor in problem]
-    _, scales = reference_of(*problem)
-    assert not scales.requires_grad
+    for gradients_off in (torch.no_grad(), torch.inference_mode()):
+        with gradients_off:
+            _, scales = reference_of(*problem)
+        assert not scales.requires_grad
     assert all(torch.equal(a, b) for a, b in zip(problem, before, strict=True))
 
 
@@ -153,7 +155,7 @@ def test_the_cpu_has_the_reference_only() -> None:
 
 X, LEFT, RIGHT = random_problem(4, 6, 3, torch.float16)
 
-REFUSED = [
+REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     # changed arguments, error, what the message says: the argument, what it was, what it must be
     ({"input_tensor": [1.0]}, TypeError, "input_tensor must be a torch.Tensor, got list"),
     ({"left_trans": None}, TypeError, "left_trans must be a torch.Tensor, got NoneType"),
@@ -227,6 +229,24 @@ REFUSED = [
         ValueError,
         "pack_int32=True needs features that are a multiple of 8, got 2 * 6 = 12",
     ),
+    (
+        {"input_tensor": X.to_sparse()},
+        TypeError,
+        "input_tensor must be a dense (torch.strided) tensor, got a torch.sparse_coo one",
+    ),
+    (
+        {"left_trans": torch.nested.nested_tensor([LEFT, LEFT])},
+        TypeError,
+        "left_trans must be a dense (torch.strided) tensor, got a nested one",
+    ),
+    (
+        {"right_trans": torch.nn.Parameter(RIGHT), "left_trans": torch.nn.Parameter(LEFT)},
+        NotImplementedError,
+        "left_trans and right_trans must not require a gradient, for quantising has none: "
+        "call under torch.no_grad(), or pass left_trans.detach()",
+    ),
+    ({"pack_int32": 1}, TypeError, "pack_int32 must be a bool, got 1 of type int"),
+    ({"use_cuda": "no"}, TypeError, "use_cuda must be a bool, got 'no' of type str"),
     ({"kernel": None}, TypeError, "kernel must be a str, got None of type NoneType"),
     (
         {"kernel": "simt"},
@@ -256,6 +276,12 @@ def test_a_wrong_argument_is_named_with_what_it_was_and_must_be(
 CODES, SCALES = torch.zeros(3, 8, dtype=torch.int8), torch.ones(3)
 
 REFUSED_CODES = [
+    (
+        {"scales": SCALES.to_sparse()},
+        TypeError,
+        "scales must be a dense (torch.strided) tensor, got a torch.sparse_coo one",
+    ),
+    ({"packed_int32": None}, TypeError, "packed_int32 must be a bool, got None of type NoneType"),
     ({"quantized": [0]}, TypeError, "quantized must be a torch.Tensor, got list"),
     ({"scales": 1.0}, TypeError, "scales must be a torch.Tensor, got float"),
     (
@@ -317,6 +343,13 @@ def test_dequantize_names_a_wrong_argument_with_what_it_was_and_must_be(
             "dtype must be torch.float16, bfloat16 or float32, got torch.float64",
         ),
         ((64, 64, "float16"), TypeError, "got 'float16'"),
+        (
+            (64, 64, torch.float16, "gpu"),
+            ValueError,
+            "device must name a device of torch, got 'gpu'",
+        ),
+        ((64, 64, torch.float16, -1), ValueError, "device must name a device of torch, got -1"),
+        ((64, 64, torch.float16, True), TypeError, "device must be a torch.device, str or int"),
     ],
 )
 def test_available_kernels_names_a_wrong_argument(
@@ -327,6 +360,16 @@ def test_available_kernels_names_a_wrong_argument(
 
 
 # ------------------------------------------------------------------------------------ the extension
+
+
+def test_a_device_or_a_size_past_the_last_is_not_asked_for_its_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ops, "CUDA_AVAILABLE", True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="device must be one of 2, got cuda:2"):
+        available_kernels(64, 64, torch.float16, 2)
+    assert available_kernels(2**64, 64, torch.float16, "cuda:1") == ["reference"]
 
 
 def test_cuda_tensors_without_the_extension_are_an_error_that_names_reason_and_remedy(

@@ -17,8 +17,8 @@ RESULT_KEYS = {
     *("mismatch", "limit", "max_step", "scale_error", "sqnr_plain", "sqnr"),
 }
 SYSTEM_KEYS = {
-    *("version", "torch", "cuda", "gpu", "extension_error", "compiled_archs", "kernels"),
-    *("results", "ok"),
+    *("version", "distribution", "torch", "cuda", "gpu", "extension_error", "compiled_archs"),
+    *("kernels", "results", "ok"),
 }
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
+from launches import KINDS, by_dtype, by_kind, codes_of, equal, kernels, quantize, variants
 from problems import (
-    DTYPES,
     NO_GPU,
     Problem,
     dtype_name,
@@ -18,7 +17,6 @@ from problems import (
     random_problem,
 )
 from shapes import ODD, SIZES
-from torch import Tensor
 
 from flatquant import (
     accuracy,
@@ -28,71 +26,8 @@ from flatquant import (
     get_decompose_dim,
     reference,
 )
-from flatquant.packing import unpack_int4
 
 pytestmark = pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)
-
-# One of each kind: multiples of 64 and of 8, sizes that a tensor-core tile must pad on either side,
-# a large factor, N no multiple of 8, nothing a multiple of anything.
-KINDS = [
-    (64, 64),
-    (24, 24),
-    (86, 128),
-    (112, 128),
-    (128, 224),
-    (64, 104),
-    (208, 256),
-    (128, 148),
-    (13, 17),
-]
-
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-by_kind = pytest.mark.parametrize("M, N", KINDS)
-
-
-def kernels(M: int, N: int, dtype: torch.dtype) -> list[str]:
-    """The CUDA kernels for a problem; there is always one."""
-    names = available_kernels(M, N, dtype, "cuda")
-    assert names[-1] == "reference"
-    assert len(names) > 1, "no CUDA kernel serves this problem"
-    return names[:-1]
-
-
-def storages(M: int, N: int) -> list[bool]:
-    return [False, True] if M * N % 8 == 0 else [False]
-
-
-def quantize(
-    problem: Problem, kernel: str, pack_int32: bool = False, clip_ratio: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Run a kernel on outputs that hold garbage, so that an element left out shows."""
-    tokens = problem.input.shape[:-1]
-    poison_outputs(math.prod(tokens), problem.input.shape[-1], pack_int32)
-    return flatquant_dynamic_quantize(*problem, clip_ratio, pack_int32, kernel=kernel)
-
-
-def poison_outputs(tokens: int, features: int, pack_int32: bool) -> None:
-    """Fill with garbage the memory that the caching allocator hands out next for such outputs."""
-    bytes_ = tokens * features // 2 if pack_int32 else tokens * features
-    blocks = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in (bytes_, 4 * tokens)]
-    for block in blocks:
-        block.fill_(0x5A)
-
-
-def codes_of(quantized: Tensor) -> Tensor:
-    return unpack_int4(quantized) if quantized.dtype == torch.int32 else quantized
-
-
-def equal(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
-    """Bitwise equal, NaN scales too, whatever the storage of either."""
-    same_scales = torch.equal(got[1].view(torch.int32), expected[1].view(torch.int32))
-    return same_scales and torch.equal(codes_of(got[0]), codes_of(expected[0]))
-
-
-def variants(M: int, N: int, dtype: torch.dtype) -> Iterator[tuple[str, bool]]:
-    for kernel in kernels(M, N, dtype):
-        for pack_int32 in storages(M, N):
-            yield kernel, pack_int32
 
 
 # ----------------------------------------------------------------------------------------- accuracy
@@ -154,11 +89,11 @@ def test_the_originals_example_is_accurate(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("M, N", [(64, 64), (112, 128)])
 def test_an_intermediate_past_the_largest_float16_does_no_harm(M: int, N: int) -> None:
-    """W reaches 16 * 30000, past float16's 65504; Y = W / 64 does not."""
+    """W reaches some 16 * 30000, past float16's 65504; Y = W / 64 does not."""
     signs = 1 - 2 * (torch.arange(N, device="cuda") % 2)
-    x = 30000.0 * signs.expand(5, M, N)
+    x = 30000.0 * signs.repeat(5, M, 1)
     x[3:] = torch.randn(2, M, N, device="cuda")  # tokens that need no care, beside those that do
-    left = torch.full((M, M), 16.0 / M, device="cuda")
+    left = (0.5 + torch.rand(M, M, device="cuda")) * 16 / M
     right = torch.eye(N, device="cuda") / 64
     problem = Problem(x.flatten(1).half(), left.half(), right.half())
     exact = float64(problem)
@@ -251,27 +186,6 @@ def test_no_tokens_give_empty_results(tokens: tuple[int, ...], dtype: torch.dtyp
 
 @by_dtype
 @by_kind
-def test_a_tokens_result_is_bitwise_the_same_in_any_batch_and_storage(
-    M: int, N: int, dtype: torch.dtype
-) -> None:
-    tokens = 1201
-    problem = random_problem(M, N, tokens, dtype, "cuda")
-    for kernel in kernels(M, N, dtype):
-        codes, scales = quantize(problem, kernel)
-        for pack_int32 in storages(M, N):
-            assert equal(quantize(problem, kernel, pack_int32), (codes, scales)), "another run"
-            for count in (1, 2, 3, 5, 64, 131, 132, 133, 700):
-                for start in (0, 1, tokens - count):
-                    part = slice(start, start + count)
-                    # A copy at another address: the place in memory must not matter either.
-                    batch = Problem(problem.input[part].clone(), *problem[1:])
-                    assert equal(
-                        quantize(batch, kernel, pack_int32), (codes[part], scales[part])
-                    ), (kernel, pack_int32, count, start)
-
-
-@by_dtype
-@by_kind
 def test_strided_rows_give_the_result_of_contiguous_ones(
     M: int, N: int, dtype: torch.dtype
 ) -> None:
@@ -338,67 +252,6 @@ def test_no_memory_is_taken_but_for_the_results() -> None:
         assert torch.cuda.max_memory_allocated() - before == kept, kernel
         assert kept <= sum(t.numel() * 4 + 512 for t in result), kernel
         del result
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
-def test_more_elements_than_int32_counts(dtype: torch.dtype) -> None:
-    tokens, features = 2**19 + 3, 4096  # 2^31 + 12288 elements
-    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
-        pytest.skip("needs 12 GiB of free GPU memory")
-    x = torch.empty(tokens, features, dtype=dtype, device="cuda").normal_()
-    problem = Problem(x, *random_problem(64, 64, 0, dtype, "cuda")[1:])
-    for kernel in kernels(64, 64, dtype):
-        codes, scales = quantize(problem, kernel)
-        for part in (slice(0, 50), slice(2**18 - 50, 2**18 + 50), slice(tokens - 50, tokens)):
-            expected = quantize(Problem(x[part], *problem[1:]), kernel)
-            assert equal((codes[part], scales[part]), expected), (kernel, part)
-        del codes, scales
-
-
-# ------------------------------------------------------------------------------ streams and devices
-
-
-@pytest.mark.parametrize("M, N", [(64, 64), (128, 148)])
-def test_work_runs_on_the_current_stream(M: int, N: int) -> None:
-    problem = random_problem(M, N, 300, torch.float16, "cuda")
-    for kernel in kernels(M, N, torch.float16):
-        expected = quantize(problem, kernel)
-        late = Problem(torch.zeros_like(problem.input), *problem[1:])
-        torch.cuda.synchronize()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            # The input is written late: whoever does not wait for this stream reads zeros.
-            torch.cuda._sleep(50_000_000)
-            late.input.copy_(problem.input)
-            got = flatquant_dynamic_quantize(*late, kernel=kernel)
-        stream.synchronize()
-        assert equal(got, expected), kernel
-
-
-@pytest.mark.parametrize("M, N", [(64, 64), (128, 148)])
-def test_a_call_is_captured_in_a_cuda_graph_and_replays_on_new_data(M: int, N: int) -> None:
-    for kernel in kernels(M, N, torch.float16):
-        problem = random_problem(M, N, 33, torch.float16, "cuda")
-        quantize(problem, kernel, clip_ratio=0.9)  # what is set up once is set up
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = flatquant_dynamic_quantize(*problem, 0.9, kernel=kernel)
-        for _ in range(3):
-            problem.input.copy_(random_problem(M, N, 33, torch.float16, "cuda").input)
-            graph.replay()
-            assert equal(captured, quantize(problem, kernel, clip_ratio=0.9)), kernel
-
-
-def test_a_device_that_is_not_the_current_one() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    problem = random_problem(64, 64, 20, torch.float16, "cuda:0")
-    moved = Problem(*(tensor.to("cuda:1") for tensor in problem))
-    for kernel in kernels(64, 64, torch.float16):
-        if kernel in available_kernels(64, 64, torch.float16, "cuda:1"):
-            codes, scales = flatquant_dynamic_quantize(*moved, kernel=kernel)
-            assert codes.device == scales.device == moved.input.device
-            assert equal((codes.to("cuda:0"), scales.to("cuda:0")), quantize(problem, kernel))
 
 
 # --------------------------------------------------------------------------------- choice of kernel

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from problems import DTYPES, NO_GPU, dtype_name, random_problem
+from problems import DTYPES, NO_GPU, dtype_name, exact_problem, random_problem
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatquant import flatquant_dynamic_quantize, ops, reference
 
@@ -179,3 +181,96 @@ def test_an_exported_program_survives_saving_and_takes_any_token_count(device: s
     loaded = torch.export.load(file).module()
     for x in (problem.input, problem.input[:1], problem.input[:0], problem.input.repeat(50, 1)):
         assert equal(loaded(x), module(x))
+
+
+# ------------------------------------------------------------------ modes, gradients and subclasses
+
+
+@pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)
+def test_opcheck_passes_for_the_operators_without_tensors() -> None:
+    # All of opcheck but test_aot_dispatch_dynamic, which compares tensors and cannot compare a str.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    names = torch.ops.flatquant.kernel_names.default
+    torch.library.opcheck(names, (64, 64, torch.float16, 90), test_utils=checks)
+    torch.library.opcheck(torch.ops.flatquant.cuda_archs.default, (), test_utils=checks)
+
+
+def quantized(*problem: Tensor) -> tuple[Tensor, Tensor]:
+    return flatquant_dynamic_quantize(*problem, 0.9, True, problem[0].device.type == "cuda")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("function", [quantized, operator])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_inference_mode_and_autocast_change_nothing(
+    dtype: torch.dtype, function: Any, device: str
+) -> None:
+    problem = random_problem(8, 16, 6, dtype, device)
+    expected = function(*problem)
+    with torch.inference_mode():
+        assert equal(function(*problem), expected)
+        inference_tensors = [tensor.clone() for tensor in problem]
+    assert equal(function(*inference_tensors), expected)
+    for lower in (torch.float16, torch.bfloat16):
+        with torch.autocast(device, lower):
+            assert equal(function(*problem), expected)
+            assert (problem.input @ problem.input.mT).dtype == lower, "autocast was not on"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["input_tensor", "left_trans", "right_trans"])
+def test_what_requires_a_gradient_is_refused_while_gradients_are_recorded(
+    name: str, device: str
+) -> None:
+    # Exact numbers: whether a gradient is required decides how torch folds a matrix product.
+    problem = exact_problem(8, 16, 6, torch.float32, device=device).problem
+    expected = quantized(*problem)
+    problem[["input_tensor", "left_trans", "right_trans"].index(name)].requires_grad_()
+    with pytest.raises(NotImplementedError, match=rf"{name} must not require a gradient.*no_grad"):
+        quantized(*problem)
+    with torch.no_grad():
+        assert equal(quantized(*problem), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_lazily_negated_tensor_is_negated(device: str) -> None:
+    x, left, right = random_problem(8, 16, 6, torch.float16, device)
+    assert torch._neg_view(x).is_neg()
+    assert equal(quantized(torch._neg_view(x), left, right), quantized(-x, left, right))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_subclasses_go_through_their_own_dispatch(device: str) -> None:
+    """By inheritance alone, and as a wrapper that computes on two tensors at once."""
+
+    class Plain(Tensor):
+        pass
+
+    x, left, right = random_problem(8, 16, 6, torch.float16, device)
+    expected = operator(x, left, right)
+    codes, scales = operator(x.as_subclass(Plain), left, right)
+    assert isinstance(codes, Plain) and isinstance(scales, Plain)
+    assert equal((codes.as_subclass(Tensor), scales.as_subclass(Tensor)), expected)
+
+    pairs = [TwoTensor(tensor, tensor.clone()) for tensor in (x, left, right)]
+    codes, scales = operator(*pairs)
+    for half in ("a", "b"):
+        assert equal((getattr(codes, half), getattr(scales, half)), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_dispatch_mode_sees_the_operator(device: str) -> None:
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    problem = random_problem(8, 16, 6, torch.float16, device)
+    expected = operator(*problem)
+    with Watch():
+        assert equal(operator(*problem), expected)
+    assert operator.default in seen
