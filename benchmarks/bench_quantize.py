@@ -1,163 +1,356 @@
-"""Times the operator against a plain fused Triton kernel, a copy of the same bytes and the floor.
+"""Times the operator beside its peers, a copy of the same bytes and the floor.
 
-    python benchmarks/bench_quantize.py --features 4096 8192 14336 --tokens 16384 131072
+    python benchmarks/bench_quantize.py --model llama-3-8b
+    python benchmarks/bench_quantize.py --features 4096 --tokens 1 64 4096 --cuda-graph
+    python benchmarks/bench_quantize.py --model all --json new.json --plot plots
 
-floor = max(bytes / copy rate, FLOPs / matmul rate), both rates measured in the same run: a 4 GiB
-device copy, bytes read + written, and an 8192^3 bf16 matrix product. Times are medians of events
-around one call, with the L2 cache overwritten before each and random data.
+floor = max(bytes / copy rate, FLOPs / matmul rate), both rates measured in the same run: a device
+copy of 4 GiB, bytes read + written, and an 8192^3 matrix product. GB/s and TFLOP/s count what the
+operator must move and compute, whatever an implementation does. Times are medians of single calls
+with a cold L2 cache on random data, the spread is their 10th to 90th percentile; with --cuda-graph
+the call is replayed from a graph. Memory is what a call allocates at most, results included.
+
+torch.compile and FlatQuant's own kernel, which tunes itself, take 10 s and more to prepare for each
+size: they run only at the sizes of --slow-peers-at. Without a GPU the reference in PyTorch is
+timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.util
 import json
-import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 # Installed or not: a checkout finds itself.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+import measure
+import peers
+from models import MODELS, sizes
+from peers import LABELS
+
 import flatquant
+from flatquant.packing import unpack_int4
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-TRITON_CHOICES = [(warps, blocks) for warps in (4, 8) for blocks in (1, 2, 4)]
+SCHEMA = 1  # of the JSON file; raised when a field changes its meaning
+DEVICE = "cuda" if flatquant.CUDA_AVAILABLE else "cpu"
+INPUT_SETS = 3
+INPUT_BYTES = 8 << 30  # of all sets together; fewer sets where they are larger
+WRONG = 0.05  # share of differing codes from which a peer computes something else
 
-
-def microseconds(call: Callable[[], object], repeats: int) -> float:
-    """Median time of one call with a cold L2 cache."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(repeats):
-        flush.zero_()
-        start, end = torch.cuda.Event(True), torch.cuda.Event(True)
-        torch.cuda._sleep(200_000)  # the host gets ahead, so that its overhead is not timed
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times)
+PEERS = [name for name in LABELS if name != "flatquant"]
+Write = Callable[[str], None]
+SLOW = ("compile", "flatquant-repo", "hadamard")
+HEADER = (
+    f"  {'':<26}{'us':>10} {'10% .. 90%':>19} {'GB/s':>7} {'TFLOP/s':>8} {'floor/time':>10} "
+    f"{'flatquant is':>12} {'peak MB':>9}"
+)
 
 
-def measured_rates() -> tuple[float, float]:
-    """Copy rate in bytes per microsecond and matmul rate in FLOP per microsecond."""
-    source = torch.empty(4 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy = 2 * source.numel() / microseconds(lambda: target.copy_(source), 10)
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return copy, 2 * 8192**3 / microseconds(lambda: a @ b, 10)
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    doc = (__doc__ or "").split("\n\n")
+    parser = argparse.ArgumentParser(
+        description=doc[0],
+        epilog="\n\n".join(doc[1:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model", nargs="+", choices=[*MODELS, "all"], default=[], help="input sizes of its layers"
+    )
+    parser.add_argument(
+        "--features", type=int, nargs="+", help="sizes (4096 8192 14336 without --model)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[16384 if DEVICE == "cuda" else 64]
+    )
+    parser.add_argument("--dtypes", nargs="+", choices=peers.DTYPES, default=["float16"])
+    parser.add_argument("--storage", nargs="+", choices=["int32", "int8"], default=["int32"])
+    parser.add_argument("--kernel", default="auto", help="of the operator")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, help="all by default")
+    parser.add_argument(
+        "--slow-peers-at",
+        type=int,
+        nargs="*",
+        default=[4096, 8192, 14336, 28672],
+        metavar="FEATURES",
+        help=f"sizes for {', '.join(SLOW)}; none given: all sizes (default: %(default)s)",
+    )
+    parser.add_argument("--flatquant-repo", type=Path, metavar="PATH", help="FlatQuant's checkout")
+    parser.add_argument("--cuda-graph", action="store_true", help="replay calls from a CUDA graph")
+    parser.add_argument("--repeats", type=int, default=30, help="timed calls, at most")
+    parser.add_argument("--commit", help="recorded in the JSON if this is no git checkout")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="also draw plots into FOLDER")
+    options = parser.parse_args(argv)
+    if "all" in options.model:
+        options.model = list(MODELS)
+    if options.features is None:
+        options.features = [] if options.model else [4096, 8192, 14336]
+    options.features = sorted({*options.features, *sizes(options.model)})
+    return options
 
 
-def triton_time(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, repeats: int) -> float:
-    """Of the Triton kernel's launch choices, the time of the fastest that runs; NaN without one."""
-    try:
-        from baselines import triton_fused
-    except ImportError:
-        return float("nan")
-    times = []
-    for warps, blocks in TRITON_CHOICES:
-        try:
-            times.append(
-                microseconds(
-                    lambda w=warps, b=blocks: triton_fused.quantize(
-                        x, left, right, num_warps=w, blocks_per_sm=b
-                    ),
-                    repeats,
-                )
-            )
-        except Exception as error:  # a choice that needs more shared memory than there is
-            print(f"  Triton, {warps} warps: {str(error).splitlines()[0]}", file=sys.stderr)
-            break
-    return min(times, default=float("nan"))
+def run(options: argparse.Namespace, write: Write = print) -> dict[str, Any]:
+    """Measures every problem, writes its table as it goes, and gives the report of the JSON file.
+
+    The file is written anew after each problem, so that nothing is lost if the run is cut short.
+    """
+    rates = measure.measured_rates(options.dtypes) if DEVICE == "cuda" else None
+    report: dict[str, Any] = {
+        "schema": SCHEMA,
+        "environment": measure.environment(options.commit),
+        "method": {
+            "cuda_graph": options.cuda_graph,
+            "cold_l2": DEVICE == "cuda",
+            "repeats": options.repeats,
+            "statistic": "median of single calls, 10th and 90th percentile",
+        },
+        "rates": rates and {"copy_gb_per_s": rates.copy, "matmul_tflop_per_s": rates.matmul},
+        "results": [],
+    }
+    grid = [
+        (features, dtype, storage, tokens)
+        for features in options.features
+        for dtype in options.dtypes
+        for storage in options.storage
+        for tokens in options.tokens
+    ]
+    problems, write = progress(grid, write)
+    write(describe(report))
+    precision = torch.get_float32_matmul_precision()
+    for features, dtype, storage, tokens in problems:
+        torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+        result = measure_problem(features, dtype, storage, tokens, options, rates)
+        report["results"].append(result)
+        write(table(result))
+        if options.json:
+            text = json.dumps(report, indent=1, allow_nan=False)
+            options.json.write_text(text + "\n", encoding="utf-8")
+    torch.set_float32_matmul_precision(precision)
+    for line in not_run(report):
+        write(line)
+    return report
 
 
-def measure(
-    features: int, tokens: int, dtype: torch.dtype, packed: bool, kernel: str, repeats: int,
-    rates: tuple[float, float], with_triton: bool,
-) -> dict[str, object]:  # fmt: skip
+def measure_problem(
+    features: int,
+    dtype: str,
+    storage: str,
+    tokens: int,
+    options: argparse.Namespace,
+    rates: measure.Rates | None,
+) -> dict[str, Any]:
+    """One entry of the report's results."""
     rows, cols = flatquant.get_decompose_dim(features)
-    x = torch.randn(tokens, features, device="cuda", dtype=dtype)
-    left = (torch.randn(rows, rows, device="cuda") / rows**0.5).to(dtype)
-    right = (torch.randn(cols, cols, device="cuda") / cols**0.5).to(dtype)
+    result: dict[str, Any] = {
+        "features": features,
+        "rows": rows,
+        "cols": cols,
+        "tokens": tokens,
+        "dtype": dtype,
+        "storage": storage,
+        "implementations": {},
+        "not_run": {},
+    }
+    try:
+        problem = random_problem(rows, cols, tokens, dtype, storage)
+    except torch.OutOfMemoryError:
+        reason = f"out of memory at {tokens} tokens"
+        result["not_run"] = dict.fromkeys(["flatquant", *options.peers], reason)
+        return result
+    result["bytes"], result["flops"] = problem.moved_bytes, problem.flops
+    if rates is not None:
+        result["floor_us"], result["bound"] = rates.floor(problem.moved_bytes, problem.flops, dtype)
+    kernel = options.kernel
+    if kernel == "auto":
+        kernel = flatquant.available_kernels(rows, cols, peers.DTYPES[dtype], DEVICE)[0]
+    result["kernel"] = kernel
 
-    moved = tokens * (features * (x.element_size() + (0.5 if packed else 1)) + 4)
-    flops = 2 * tokens * features * (rows + cols)
-    memory, compute = moved / rates[0], flops / rates[1]
-    time = microseconds(
-        lambda: flatquant.flatquant_dynamic_quantize(
-            x, left, right, pack_int32=packed, kernel=kernel
+    codes = None
+    for name, build in builders(options, kernel).items():
+        try:
+            call = build(problem)
+            if name in SLOW and options.slow_peers_at and features not in options.slow_peers_at:
+                raise peers.CannotRun("slow to prepare, see --slow-peers-at")
+            call(problem.inputs[0])
+            output, peak = measure.peak_bytes(call, problem.inputs[0])
+            entry: dict[str, Any] = {"peak_bytes": peak}
+            if name == "flatquant":
+                codes = first_codes(output, features)
+                entry["output_bytes"] = sum(part.numel() * part.element_size() for part in output)
+            elif name not in ("products", "hadamard", "copy") and codes is not None:
+                other = first_codes(output, features)
+                entry["mismatch"] = (other != codes).float().mean().item()
+            del output  # large problems need its memory
+            timing = measure.timed(
+                call, problem.inputs, options.repeats, cuda_graph=options.cuda_graph
+            )
+            result["implementations"][name] = {**timing._asdict(), **entry}
+        except peers.CannotRun as reason:
+            result["not_run"][name] = str(reason)
+        except torch.OutOfMemoryError:
+            result["not_run"][name] = f"out of memory at {tokens} tokens"
+        except Exception as error:
+            # A peer that breaks is no reason to lose the others; the operator's own errors are.
+            if name == "flatquant":
+                raise
+            first_line = (str(error).splitlines() or [""])[0]
+            result["not_run"][name] = f"{type(error).__name__}: {first_line}"
+        call = None
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+    return result
+
+
+def builders(options: argparse.Namespace, kernel: str) -> dict[str, peers.Peer]:
+    """By the names of LABELS, in their order: the operator and the peers asked for."""
+    every: dict[str, peers.Peer] = {
+        "flatquant": functools.partial(peers.flatquant_kernel, kernel=kernel),
+        "triton": peers.triton_kernel,
+        "flatquant-repo": functools.partial(
+            peers.flatquant_repo_kernel, repo=options.flatquant_repo
         ),
-        repeats,
-    )
-    same_bytes = torch.empty(int(moved) // 2, dtype=torch.uint8, device="cuda")
-    copy_target = torch.empty_like(same_bytes)
-    copy_time = microseconds(lambda: copy_target.copy_(same_bytes), repeats)
-    fits_triton = with_triton and packed and dtype != torch.float32 and cols % 8 == 0
-    return {
-        "features": features, "rows": rows, "cols": cols, "tokens": tokens,
-        "dtype": str(dtype).removeprefix("torch."), "storage": "int32" if packed else "int8",
-        "kernel": kernel, "us": time, "floor_us": max(memory, compute),
-        "bound": "memory" if memory > compute else "compute", "copy_us": copy_time,
-        "limit_us": max(copy_time, compute + 3),
-        "triton_us": triton_time(x, left, right, repeats) if fits_triton else float("nan"),
-    }  # fmt: skip
+        "compile": peers.compiled,
+        "products": peers.products,
+        "eager": peers.eager,
+        "hadamard": peers.hadamard,
+        "copy": peers.copy,
+    }
+    return {name: every[name] for name in LABELS if name in ("flatquant", *options.peers)}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--features", type=int, nargs="+", default=[4096, 8192, 14336])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[16384])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float16"])
-    parser.add_argument("--storage", choices=["int32", "int8"], default="int32")
-    parser.add_argument("--kernel", default="auto")
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--no-triton", action="store_true")
-    parser.add_argument("--json", metavar="FILE", help="also write the results to FILE")
-    arguments = parser.parse_args()
-    if not flatquant.CUDA_AVAILABLE:
-        print("bench_quantize needs a GPU and the compiled extension: ./scripts/build.sh")
-        return 1
+def random_problem(rows: int, cols: int, tokens: int, dtype: str, storage: str) -> peers.Problem:
+    torch_dtype = peers.DTYPES[dtype]
+    size = tokens * rows * cols * torch_dtype.itemsize
+    sets = max(1, min(INPUT_SETS, INPUT_BYTES // size))
 
-    rates = measured_rates()
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}: "
-        f"copy {rates[0] * 1e-6:.2f} TB/s, matmul {rates[1] * 1e-6:.0f} TFLOP/s"
+    def factor(size: int) -> torch.Tensor:
+        return (torch.randn(size, size, device=DEVICE) / size**0.5).to(torch_dtype)
+
+    return peers.Problem(
+        [torch.randn(tokens, rows * cols, device=DEVICE, dtype=torch_dtype) for _ in range(sets)],
+        factor(rows),
+        factor(cols),
+        dtype,
+        storage == "int32",
     )
-    print(
-        f"{'features':>8} {'M x N':>9} {'tokens':>7} {'dtype':>9} {'us':>9} {'floor':>8} "
-        f"{'bound':>7} {'floor/us':>8} {'us/limit':>8} {'copy us':>8} "
-        f"{'Triton us':>9} {'speed-up':>8}"
+
+
+def first_codes(output: Any, features: int, tokens: int = 256) -> torch.Tensor:
+    """int8 codes [tokens, features] of the first tokens, whatever the storage."""
+    codes = output[0][:tokens].flatten(1)
+    return codes if codes.shape[1] == features else unpack_int4(codes.view(torch.int8))
+
+
+def describe(report: dict[str, Any]) -> str:
+    """What runs where, in two lines."""
+    environment, rates = report["environment"], report["rates"]
+    if environment["gpu"] is None:
+        return (
+            f"No GPU with kernels (`python -m flatquant` tells why): torch {environment['torch']} "
+            "on the CPU, flatquant is its reference in PyTorch"
+        )
+    graph = ", calls replayed from CUDA graphs" if report["method"]["cuda_graph"] else ""
+    matmul = ", ".join(
+        f"{dtype} matmul {rate:.0f} TFLOP/s" for dtype, rate in rates["matmul_tflop_per_s"].items()
     )
-    results = []
-    for features in arguments.features:
-        for tokens in arguments.tokens:
-            for dtype in arguments.dtypes:
-                r = measure(
-                    features, tokens, DTYPES[dtype], arguments.storage == "int32",
-                    arguments.kernel, arguments.repeats, rates, not arguments.no_triton,
-                )  # fmt: skip
-                results.append(r)
+    return (
+        f"{environment['gpu']}, driver {environment['driver']}, torch {environment['torch']}, "
+        f"CUDA {environment['cuda']}{graph}\ncopy {rates['copy_gb_per_s']:.0f} GB/s, {matmul}"
+    )
+
+
+def table(result: dict[str, Any]) -> str:
+    """The lines of one problem."""
+    title = (
+        f"\n{result['features']} ({result['rows']}x{result['cols']}), {result['tokens']} tokens, "
+        f"{result['dtype']}, {result['storage']}"
+    )
+    implementations = result["implementations"]
+    if not implementations:
+        return f"{title}: {result['not_run']['flatquant']}"
+    lines = [f"{title}, kernel {result['kernel']}", HEADER]
+    ours = implementations.get("flatquant", {}).get("us")
+    floor = result.get("floor_us")
+    for name, entry in implementations.items():
+        us, peak = entry["us"], entry["peak_bytes"]
+        spread = f"{entry['p10_us']:.1f} .. {entry['p90_us']:.1f}"
+        of_floor = f"{floor / us:.2f}" if floor else "-"
+        speed_up = f"{us / ours:.2f}x" if ours and name not in ("flatquant", "copy") else ""
+        megabytes = f"{peak * 1e-6:.1f}" if peak is not None else "-"
+        lines.append(
+            f"  {LABELS[name]:<26}{us:10.1f} {spread:>19} {result['bytes'] / us * 1e-3:7.0f} "
+            f"{result['flops'] / us * 1e-6:8.2f} {of_floor:>10} {speed_up:>12} {megabytes:>9}"
+        )
+        if entry.get("mismatch", 0) > WRONG:
+            lines.append(f"  WARNING: {entry['mismatch']:.0%} of its codes differ from flatquant's")
+    if floor:
+        lines.append(f"  {'floor (' + result['bound'] + ')':<26}{floor:10.1f}")
+    return "\n".join(lines)
+
+
+def not_run(report: dict[str, Any]) -> list[str]:
+    """A line for each reason: what could not run, why, and at which sizes if not at all."""
+    where: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for result in report["results"]:
+        for name, reason in result["not_run"].items():
+            where.setdefault((name, reason), []).append(result)
+    lines = ["\nNot run:"] if where else []
+    for (name, reason), results in where.items():
+        sizes = sorted({result["features"] for result in results})
+        everywhere = len(results) == len(report["results"])
+        at = "" if everywhere else f" ({', '.join(map(str, sizes))})"
+        lines.append(f"  {LABELS[name]}: {reason}{at}")
+    return lines
+
+
+def progress(items: Sequence[Any], write: Write) -> tuple[Iterable[Any], Write]:
+    """The items under a bar on a terminal, tqdm's or a plain one, and what writes beside it."""
+    if not sys.stderr.isatty():
+        return items, write
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        clear = "\r\033[K"
+
+        def with_bar() -> Iterator[Any]:
+            for done, item in enumerate(items):
+                bar = "#" * (30 * done // len(items))
                 print(
-                    f"{features:8} {r['rows']:>4}x{r['cols']:<4} {tokens:7} {dtype:>9} "
-                    f"{r['us']:9.1f} {r['floor_us']:8.1f} {r['bound']:>7} "
-                    f"{r['floor_us'] / r['us']:8.3f} {r['us'] / r['limit_us']:8.3f} "
-                    f"{r['copy_us']:8.1f} {r['triton_us']:9.1f} {r['triton_us'] / r['us']:8.2f}",
-                    flush=True,
+                    f"{clear}[{bar:<30}] {done}/{len(items)}", end="", file=sys.stderr, flush=True
                 )
-    if arguments.json:
-        report = {
-            "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-            "cuda": torch.version.cuda, "flatquant": flatquant.__version__,
-            "copy_tb_per_s": rates[0] * 1e-6, "matmul_tflop_per_s": rates[1] * 1e-6,
-            "results": results,
-        }  # fmt: skip
-        Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
+                yield item
+            print(clear, end="", file=sys.stderr, flush=True)
+
+        def write_over_bar(text: str) -> None:
+            print(clear, end="", file=sys.stderr, flush=True)
+            write(text)
+
+        return with_bar(), write_over_bar
+    return tqdm(items, unit="problem", leave=False), tqdm.write
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        print('--plot needs matplotlib: pip install -e ".[plots]"')
+        return 1
+    for model in options.model:
+        layers = ", ".join(f"{name} {size}" for name, size in MODELS[model].layers.items())
+        print(f"{model}: {layers}")
+    report = run(options, write=lambda text: print(text, flush=True))
+    if options.plot:
+        import plots
+
+        for path in plots.draw([report], options.plot):
+            print(path)
     return 0
 
 

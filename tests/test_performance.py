@@ -9,14 +9,11 @@ times the reference on the CPU. The exit status is 1 if the accuracy test fails.
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
 
 # Installed or not: a checkout finds itself.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -24,61 +21,43 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import bench_quantize
 import test_accuracy
-from problems import DTYPES, NO_GPU, dtype_name, random_problem
-
-from flatquant import flatquant_dynamic_quantize, get_decompose_dim
+from peers import DTYPES
+from problems import NO_GPU
 
 FEATURES = [4096, 8192, 14336]
-TOKENS = 64 if NO_GPU else 16384
-
-
-def microseconds(problem: tuple[torch.Tensor, ...], pack_int32: bool) -> float:
-    """Median time of a call: the reference on the CPU, the best kernel on a GPU."""
-    x, left, right = problem
-
-    def call() -> None:
-        flatquant_dynamic_quantize(x, left, right, 1.0, pack_int32, use_cuda=not NO_GPU)
-
-    if not NO_GPU:
-        return bench_quantize.microseconds(call, 20)
-    call()
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - start) * 1e6)
-    return statistics.median(times)
+TOKENS = 16 if NO_GPU else 16384
 
 
 def performance(detailed: bool) -> None:
-    device = "cpu" if NO_GPU else "cuda"
-    print(f"Time and memory of {TOKENS} tokens on {device}, median")
+    """A line for each size, dtype and storage: time, and memory of the results."""
+    print(f"Time and memory of {TOKENS} tokens, medians")
     if NO_GPU:
-        print(f"({NO_GPU}: the reference)")
+        print(f"({NO_GPU}: the reference on the CPU)")
+    arguments = ["--features", *FEATURES, "--tokens", TOKENS, "--storage", "int8", "int32"]
+    arguments += ["--dtypes", *(DTYPES if detailed else ["float16"])]
+    arguments += ["--peers", "--repeats", 5] if NO_GPU else ["--peers", "eager"]
+    report = bench_quantize.run(bench_quantize.parse(map(str, arguments)), write=lambda text: None)
+    print(bench_quantize.describe(report))
     print(
         f"\n{'features':>8} {'MxN':>8} {'dtype':>9} {'storage':>7} {'us':>10} {'GB/s':>7} "
-        f"{'codes MB':>8} {'of int8':>7} {'of input':>8}"
+        f"{'eager us':>10} {'result MB':>9} {'of int8':>7} {'of input':>8} {'peak MB':>8}"
     )
-    for dtype in DTYPES if detailed else DTYPES[:1]:
-        for features in FEATURES:
-            rows, cols = get_decompose_dim(features)
-            problem = random_problem(rows, cols, TOKENS, dtype, device)
-            x_bytes = problem[0].numel() * problem[0].element_size()
-            sizes = {}
-            for pack_int32 in (False, True):
-                codes, scales = flatquant_dynamic_quantize(
-                    *problem, 1.0, pack_int32, use_cuda=not NO_GPU
-                )
-                sizes[pack_int32] = codes.numel() * codes.element_size()
-                moved = x_bytes + sizes[pack_int32] + scales.numel() * 4
-                us = microseconds(problem, pack_int32)
-                print(
-                    f"{features:>8} {f'{rows}x{cols}':>8} {dtype_name(dtype):>9} "
-                    f"{'int32' if pack_int32 else 'int8':>7} {us:>10.1f} {moved / us * 1e-3:>7.1f} "
-                    f"{sizes[pack_int32] / 1e6:>8.2f} {sizes[pack_int32] / sizes[False]:>7.0%} "
-                    f"{sizes[pack_int32] / x_bytes:>8.0%}",
-                    flush=True,
-                )
+    int8_bytes = 0
+    for r in report["results"]:
+        ours, eager = r["implementations"]["flatquant"], r["implementations"].get("eager")
+        input_bytes = r["tokens"] * r["features"] * DTYPES[r["dtype"]].itemsize
+        if r["storage"] == "int8":
+            int8_bytes = ours["output_bytes"]
+        size = f"{r['rows']}x{r['cols']}"
+        eager_us = f"{eager['us']:.1f}" if eager else "-"
+        peak = f"{ours['peak_bytes'] * 1e-6:.2f}" if ours["peak_bytes"] is not None else "-"
+        print(
+            f"{r['features']:>8} {size:>8} {r['dtype']:>9} {r['storage']:>7} "
+            f"{ours['us']:>10.1f} {r['bytes'] / ours['us'] * 1e-3:>7.1f} {eager_us:>10} "
+            f"{ours['output_bytes'] * 1e-6:>9.2f} {ours['output_bytes'] / int8_bytes:>7.0%} "
+            f"{ours['output_bytes'] / input_bytes:>8.0%} {peak:>8}"
+        )
+    print("\nresult: codes and scales; peak: the most that a call allocates, its result included")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -103,14 +82,18 @@ def test_the_script_measures_every_size_and_storage(arguments: list[str], tmp_pa
         [sys.executable, __file__, *arguments], cwd=tmp_path, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stdout + run.stderr
+    assert NO_GPU in run.stdout
     lines = [line.split() for line in run.stdout.splitlines() if line.split()[-1:] != []]
     measured = [line for line in lines if line[0].isdigit() and "int" in line[3]]
     assert len(measured) == 2 * len(FEATURES) * (len(DTYPES) if "--detailed" in arguments else 1)
     assert all(float(line[4]) > 0 for line in measured)
     # What packing saves: half of int8 storage, three quarters of a 16-bit input.
     packed = [line for line in measured if line[3] == "int32"]
-    assert {line[7] for line in packed} == {"50%"}
-    assert {line[8] for line in packed if line[2] != "float32"} == {"25%"}
+    assert {line[8] for line in packed} == {"50%"}
+    assert {line[9] for line in packed if "16" in line[2]} == {"25%"}
+    if not NO_GPU:  # it is compared with PyTorch, and allocates its results and nothing else
+        assert all(float(line[6]) > 0 for line in measured)
+        assert all(float(line[10]) == pytest.approx(float(line[7]), rel=1e-3) for line in measured)
 
 
 if __name__ == "__main__":

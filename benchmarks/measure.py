@@ -1,0 +1,199 @@
+"""How everything is timed: the only timing code of the benchmarks and of tests/test_performance.py.
+
+On a GPU a time is that between two events around one call. Before each call the L2 cache is
+overwritten, a sleep kernel lets the host run ahead (its own time is not measured), and the next of
+several sets of random inputs is taken. On the CPU it is wall-clock time of one call.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import importlib.metadata
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import flatquant
+
+FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU
+SLEEP_CYCLES = 200_000  # some 100 us; doubled where the host needs longer to launch a call
+MOST_SLEEP_CYCLES = 100_000_000
+FEWEST_REPEATS = 7  # of a call that takes so long that the time allowed is up
+
+Call = Callable[[Tensor], object]
+
+
+class Timing(NamedTuple):
+    """Microseconds of one call: the median, and the 10th and 90th percentile."""
+
+    us: float
+    p10_us: float
+    p90_us: float
+    repeats: int
+
+
+class Rates(NamedTuple):
+    """What the device was measured to reach, in the same run as everything else."""
+
+    copy: float  # GB/s, bytes read + written
+    matmul: dict[str, float]  # TFLOP/s, by a dtype of `measured_rates`
+
+    def floor(self, moved: float, flops: float, dtype: str) -> tuple[float, str]:
+        """Microseconds below which no kernel can be, and what sets them."""
+        memory = moved / (self.copy * 1e3)
+        compute = flops / (self.matmul[dtype] * 1e6)
+        return max(memory, compute), "memory" if memory > compute else "compute"
+
+
+def timed(
+    call: Call,
+    inputs: Sequence[Tensor],
+    repeats: int = 30,
+    seconds: float = 0.3,
+    cuda_graph: bool = False,
+) -> Timing:
+    """Times `call` on each of `inputs` in turn.
+
+    Args:
+        call: what is timed; its result is dropped.
+        inputs: of one shape; where the first one lies is where the call runs.
+        repeats: how often, at most.
+        seconds: stop after this time, but not before ``FEWEST_REPEATS``.
+        cuda_graph: time the replay of a graph that holds the call.
+    """
+    on_gpu = inputs[0].is_cuda
+    for x in inputs:
+        call(x)
+    calls = [functools.partial(call, x) for x in inputs]
+    if cuda_graph and on_gpu:
+        calls = [_graph_replay(call) for call in calls]
+    if on_gpu:
+        calls[0]()
+        torch.cuda.synchronize()
+    times: list[float] = []
+    cycles = SLEEP_CYCLES
+    begin = time.perf_counter()
+    while len(times) < repeats:
+        if len(times) >= FEWEST_REPEATS and time.perf_counter() - begin > seconds:
+            break
+        one = calls[len(times) % len(calls)]
+        if not on_gpu:
+            start = time.perf_counter()
+            one()
+            times.append((time.perf_counter() - start) * 1e6)
+            continue
+        us, host_was_late = _event_time(one, cycles)
+        if host_was_late and cycles < MOST_SLEEP_CYCLES:
+            cycles *= 2
+        else:
+            times.append(us)
+    tenths = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times
+    return Timing(statistics.median(times), tenths[0], tenths[-1], len(times))
+
+
+def _event_time(call: Callable[[], object], cycles: int) -> tuple[float, bool]:
+    """Time of one call with a cold L2 cache, and whether the GPU had to wait for the host."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    _flush_buffer().zero_()
+    torch.cuda._sleep(cycles)
+    start.record()
+    call()
+    end.record()
+    host_was_late = start.query()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3, host_was_late
+
+
+@functools.cache
+def _flush_buffer() -> Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+
+def _graph_replay(call: Callable[[], object]) -> Callable[[], object]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def peak_bytes(call: Call, x: Tensor) -> tuple[object, int | None]:
+    """The call's result, and the most device memory it held at once, its result included.
+
+    None on the CPU, where torch does not count it. Call it once before: libraries allocate their
+    workspace in their first call.
+    """
+    if not x.is_cuda:
+        return call(x), None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call(x)
+    return result, torch.cuda.max_memory_allocated() - before
+
+
+def measured_rates(dtypes: Sequence[str]) -> Rates:
+    """Rate of copying 4 GiB and of an 8192^3 matmul on the GPU, for the dtypes given.
+
+    16-bit dtypes are held to the bfloat16 rate, "tf32" to that of TF32, "float32" to a third of it:
+    float32 accuracy takes three TF32 products.
+    """
+    size = min(4 << 30, torch.cuda.mem_get_info()[0] // 4)
+    source = torch.empty(size, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy = 2 * size / timed(target.copy_, [source], 10).us / 1e3
+    del source, target
+
+    def rate(dtype: torch.dtype) -> float:
+        a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
+        return 2 * 8192**3 / timed(lambda a: a @ b, [a], 10).us / 1e6
+
+    matmul = {}
+    if {"float16", "bfloat16"} & set(dtypes):
+        matmul.update(dict.fromkeys(("float16", "bfloat16"), rate(torch.bfloat16)))
+    if {"float32", "tf32"} & set(dtypes):
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        tf32 = rate(torch.float32)
+        torch.set_float32_matmul_precision(before)
+        matmul.update(tf32=tf32, float32=tf32 / 3)
+    torch.cuda.empty_cache()
+    return Rates(copy, {dtype: matmul[dtype] for dtype in dtypes})
+
+
+def environment(commit: str | None = None) -> dict[str, str | None]:
+    """What the numbers depend on. `commit` replaces what git says of the checkout."""
+    root = Path(__file__).resolve().parents[1]
+    on_gpu = flatquant.CUDA_AVAILABLE
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = None
+    described = ("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40")
+    return {
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton,
+        "python": platform.python_version(),
+        "flatquant": flatquant.__version__,
+        "commit": commit or _output(*described, "--exclude", "*"),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def _output(*command: str) -> str | None:
+    """First line that a program prints; None if there is no such program or it fails."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return next(iter(result.stdout.splitlines()), None)

@@ -1,0 +1,191 @@
+"""Draws the plots of README from the committed results and fills in its performance tables.
+
+    python benchmarks/publish.py            # after new files in benchmarks/results/
+    python benchmarks/publish.py --check    # changes nothing; status 1 if a page does not agree
+
+The results are the files of `bench_quantize.py --json` in benchmarks/results/: models.json holds
+the sizes of all models, further files may hold more. What stands between the two marks in a page is
+written here; nothing between them is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Installed or not: a checkout finds itself.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from models import sizes
+from peers import LABELS
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN = "<!-- written by benchmarks/publish.py: begin -->"
+END = "<!-- end -->"
+HEADING = """# All results
+
+Written by `python benchmarks/publish.py` from the files here, which a GPU made with
+
+```bash
+python benchmarks/bench_quantize.py --model all --tokens 16384 131072 --repeats 20 \\
+  --flatquant-repo PATH --json benchmarks/results/models.json
+python benchmarks/bench_quantize.py --features 4096 14336 --tokens 1 16 64 256 1024 4096 16384 \\
+  --cuda-graph --repeats 20 --json benchmarks/results/tokens.json
+```"""
+# README shows the sizes of these; results/README.md all that were measured.
+SHOWN_MODELS = ["llama-3-8b", "llama-3-70b", "qwen2.5-7b", "llama-2-7b"]
+PLOTS = ["roofline", "tokens", "models"]
+PEERS = [name for name in LABELS if name not in ("flatquant", "copy")]
+
+TEXTS = {
+    "en": {
+        "where": "{gpu}, driver {driver}, torch {torch}, CUDA {cuda}, {date}, commit {commit}: "
+        "copy {copy:.2f} TB/s, 16-bit matmul {matmul:.0f} TFLOP/s. Microseconds.",
+        "columns": ["features (M x N)", "tokens", "dtype", "flatquant", "floor", "floor / time"],
+        "labels": LABELS,
+        "loses": "Slower than a peer (flatquant's time over the peer's): {list}.",
+        "wins": "No peer is faster at any of the {count} measured sizes.",
+        "loss": "{features} at {tokens:,} tokens, {dtype}, {storage} ({label}, {ratio:.2f})",
+    },
+    "zh": {
+        "where": "{gpu}，驱动 {driver}，torch {torch}，CUDA {cuda}，{date}，提交 {commit}："
+        "拷贝 {copy:.2f} TB/s，16 位矩阵乘 {matmul:.0f} TFLOP/s。单位微秒。",
+        "columns": ["features (M x N)", "token 数", "数据类型", "flatquant", "下限", "下限 / 时间"],
+        "labels": {
+            **LABELS,
+            "triton": "普通融合 Triton",
+            "flatquant-repo": "FlatQuant 的 Triton 核函数",
+            "products": "仅两次矩阵乘",
+            "eager": "逐算子 PyTorch",
+            "copy": "拷贝同样字节",
+        },
+        "loses": "慢于对照的情形（flatquant 用时与对照之比）：{list}。",
+        "wins": "在测量的 {count} 个规模上，没有更快的对照。",
+        "loss": "{features}、{tokens:,} 个 token、{dtype}、{storage}（{label}，{ratio:.2f}）",
+    },
+}
+
+
+def section(report: dict[str, Any], language: str, features: Sequence[int] | None = None) -> str:
+    """Markdown of a report: where it ran, the table of these sizes (or all), and where it loses."""
+    text = TEXTS[language]
+    labels: dict[str, str] = text["labels"]
+    environment, rates = report["environment"], report["rates"]
+    ran = [result for result in report["results"] if "flatquant" in result["implementations"]]
+    shown = [r for r in ran if features is None or r["features"] in features]
+    measured = {name for result in ran for name in result["implementations"]}
+    columns = [name for name in [*PEERS, "copy"] if name in measured]
+    lines = [
+        text["where"].format(
+            **{**environment, "commit": (environment["commit"] or "?")[:7]},
+            copy=rates["copy_gb_per_s"] / 1e3,
+            matmul=rates["matmul_tflop_per_s"]["float16"],
+        ),
+        "",
+        "| " + " | ".join([*text["columns"], *(labels[name] for name in columns)]) + " |",
+        "|---" * (len(text["columns"]) + len(columns)) + "|",
+    ]
+    for result in shown:
+        entries = result["implementations"]
+        us = entries["flatquant"]["us"]
+        cells = [
+            f"{result['features']} ({result['rows']}x{result['cols']})",
+            f"{result['tokens']:,}",
+            result["dtype"],
+            _us(us),
+            _us(result["floor_us"]),
+            f"{result['floor_us'] / us:.2f}",
+            *(_us(entries[name]["us"]) if name in entries else "-" for name in columns),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    losses = [
+        text["loss"].format(
+            **result,
+            label=labels[name],
+            ratio=result["implementations"]["flatquant"]["us"]
+            / result["implementations"][name]["us"],
+        )
+        for result in ran
+        for name in PEERS
+        if name in result["implementations"]
+        and result["implementations"][name]["us"] < result["implementations"]["flatquant"]["us"]
+    ]
+    joined = ("、" if language == "zh" else "; ").join(losses)
+    verdict = text["loses"].format(list=joined) if losses else text["wins"].format(count=len(ran))
+    return "\n".join([*lines, "", verdict])
+
+
+def _us(us: float) -> str:
+    return f"{us:.1f}" if us < 1000 else f"{us:,.0f}"
+
+
+def filled(page: str, text: str) -> str:
+    """The page with `text` between its two marks."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the page has no {BEGIN!r} ... {END!r}")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def pages(results: Path, root: Path) -> dict[Path, str]:
+    """What each page must hold: both READMEs, and the table of everything beside the results."""
+    report = json.loads((results / "models.json").read_text(encoding="utf-8"))
+    shown = sizes(SHOWN_MODELS)
+    wanted = {
+        root / "README.md": section(report, "en", shown),
+        root / "README.zh.md": section(report, "zh", shown),
+    }
+    images = "\n\n" + "\n".join(f"![{name}](benchmarks/results/{name}.svg)" for name in PLOTS)
+    pages = {
+        path: filled(path.read_text(encoding="utf-8"), text + images)
+        for path, text in wanted.items()
+    }
+    everything = [HEADING]
+    for path in sorted(results.glob("*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        everything += ["", f"## [{path.name}]({path.name})", "", section(report, "en")]
+    pages[results / "README.md"] = "\n".join(everything) + "\n"
+    return pages
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, compare the pages")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="(default: %(default)s)")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of the READMEs")
+    options = parser.parse_args(argv)
+    if not (options.results / "models.json").is_file():
+        print(f"no results: {options.results / 'models.json'} does not exist")
+        return 1
+    wanted = pages(options.results, options.root)
+    if options.check:
+        wrong = [
+            path
+            for path, text in wanted.items()
+            if not path.is_file() or path.read_text(encoding="utf-8") != text
+        ]
+        for path in wrong:
+            print(f"{path} does not agree with the results: run python benchmarks/publish.py")
+        return 1 if wrong else 0
+    import plots
+
+    for path, text in wanted.items():
+        path.write_text(text, encoding="utf-8")
+        print(path)
+    reports = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(options.results.glob("*.json"))
+    ]
+    for path in plots.draw(reports, options.results):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
