@@ -103,10 +103,17 @@ def section(report: dict[str, Any], language: str, features: Sequence[int] | Non
             *(_us(entries[name]["us"]) if name in entries else "-" for name in columns),
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", verdict(report, language)])
+
+
+def verdict(report: dict[str, Any], language: str) -> str:
+    """Where a peer is faster, or that none is."""
+    text = TEXTS[language]
+    ran = [result for result in report["results"] if "flatquant" in result["implementations"]]
     losses = [
         text["loss"].format(
             **result,
-            label=labels[name],
+            label=text["labels"][name],
             ratio=result["implementations"]["flatquant"]["us"]
             / result["implementations"][name]["us"],
         )
@@ -116,8 +123,7 @@ def section(report: dict[str, Any], language: str, features: Sequence[int] | Non
         and result["implementations"][name]["us"] < result["implementations"]["flatquant"]["us"]
     ]
     joined = ("、" if language == "zh" else "; ").join(losses)
-    verdict = text["loses"].format(list=joined) if losses else text["wins"].format(count=len(ran))
-    return "\n".join([*lines, "", verdict])
+    return text["loses"].format(list=joined) if losses else text["wins"].format(count=len(ran))
 
 
 def _us(us: float) -> str:
@@ -136,10 +142,22 @@ def filled(page: str, text: str) -> str:
 def pages(results: Path, root: Path) -> dict[Path, str]:
     """What each page must hold: both READMEs, and the table of everything beside the results."""
     report = json.loads((results / "models.json").read_text(encoding="utf-8"))
-    shown = sizes(SHOWN_MODELS)
+    others = [
+        (path.name, json.loads(path.read_text(encoding="utf-8")))
+        for path in sorted(results.glob("*.json"))
+        if path.name != "models.json"
+    ]
     wanted = {
-        root / "README.md": section(report, "en", shown),
-        root / "README.zh.md": section(report, "zh", shown),
+        root / name: "\n\n".join(
+            [
+                section(report, language, sizes(SHOWN_MODELS)),
+                *(
+                    f"[{file}](benchmarks/results/{file}): {verdict(other, language)}"
+                    for file, other in others
+                ),
+            ]
+        )
+        for name, language in [("README.md", "en"), ("README.zh.md", "zh")]
     }
     images = "\n\n" + "\n".join(f"![{name}](benchmarks/results/{name}.svg)" for name in PLOTS)
     pages = {

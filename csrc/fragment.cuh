@@ -59,6 +59,26 @@ __device__ __forceinline__ uint32_t pack_pair(__nv_bfloat16, float low, float hi
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
+// Read from one lane, so that the compiler knows it to be uniform in the warp.
+__device__ __forceinline__ int warp_uniform(int value) {
+  return __shfl_sync(0xffffffffu, value, 0);
+}
+
+// Sum over the four lanes of a quad, the same bits in each.
+__device__ __forceinline__ float quad_sum(float value) {
+  value += __shfl_xor_sync(0xffffffffu, value, 1);
+  return value + __shfl_xor_sync(0xffffffffu, value, 2);
+}
+
+// Largest of the warp's non-negative or NaN values; NaN wins (see absmax in quantize.cuh).
+__device__ __forceinline__ float warp_max(float value) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value)));
+#else
+  return value;  // never called: older architectures compile the kernels empty
+#endif
+}
+
 // The largest |y|, NaN if there is one; in four independent chains.
 template <int count>
 __device__ __forceinline__ float absmax(const float (&y)[count]) {
@@ -66,6 +86,43 @@ __device__ __forceinline__ float absmax(const float (&y)[count]) {
 #pragma unroll
   for (int i = 4; i < count; ++i) max[i % 4] = absmax(max[i % 4], y[i]);
   return absmax(absmax(max[0], max[1]), absmax(max[2], max[3]));
+}
+
+// 16 rows of Y in plain float32 arithmetic and without padding. For the rare tokens whose Y holds
+// NaN or Inf: because finite values of W were beyond float16's range, or because X or a factor
+// holds them, which padding would turn into more of them (0 * Inf is NaN).
+template <class Element, int count>
+__device__ void exact_transform(float (&y)[count], const Problem& problem, int64_t token,
+                                ThreadRows thread) {
+  const auto* x = static_cast<const Element*>(problem.input) + token * problem.input_stride;
+  const auto* left = static_cast<const Element*>(problem.left);
+  const auto* right = static_cast<const Element*>(problem.right);
+#pragma unroll
+  for (int i = 0; i < count; ++i) y[i] = 0.0f;
+#pragma unroll 1
+  for (int k = 0; k < problem.cols; ++k) {
+    float w[2] = {};
+#pragma unroll 1
+    for (int m = thread.quad_lane; m < problem.rows; m += 4) {
+      const float value = static_cast<float>(x[m * problem.cols + k]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = thread.first_row + 8 * half;
+        if (row >= problem.rows) continue;
+        w[half] = fmaf(static_cast<float>(left[m * problem.rows + row]), value, w[half]);
+      }
+    }
+    w[0] = quad_sum(w[0]);
+    w[1] = quad_sum(w[1]);
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      const int half = i / 2 % 2;
+      const int col = ColumnOrder<2 * count>::column(i / 4, thread.quad_lane) + i % 2;
+      if (thread.first_row + 8 * half >= problem.rows || col >= problem.cols) continue;
+      const auto factor = static_cast<float>(right[k * problem.cols + col]);
+      y[i] = fmaf(w[half], factor, y[i]);
+    }
+  }
 }
 
 // `count` 32-bit words (1, 2, 4 or 8) to global memory, at an address aligned to their size, 16

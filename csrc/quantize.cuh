@@ -66,8 +66,7 @@ FLATQUANT_HOST_DEVICE float reciprocal(float value) {
 }
 
 // How one token is quantised: q = round_half_even(value * inverse), if needs_prepare of
-// prepare(value). `unit` is what a value of 1 stands for: 1, or the power of two by which the
-// kernel kept its intermediate in range.
+// prepare(value).
 struct TokenScale {
   float scale;
   float inverse;

@@ -52,8 +52,8 @@ void launch_sm80(const Problem& problem, cudaStream_t stream) {
 }
 
 void launch(std::string_view kernel, const Problem& problem, cudaStream_t stream) {
-  // Every name in kernel_table has its branch here. Kernels for none of the architectures that the
-  // binary is built for are not in it.
+  // Every name in kernel_table has its branch here. A kernel that no built architecture can run is
+  // left out of the binary.
   if constexpr (FLATQUANT_NEWEST_ARCH >= 90) {
     if (kernel == "sm90") {
       return problem.dtype == Dtype::float16 ? launch_sm90<__half>(problem, stream)
@@ -144,7 +144,7 @@ int64_t token_stride(const Tensor& input) {
 // scales, so that only the results are allocated.
 std::pair<Tensor, uint32_t*> empty_scales(const Tensor& input, const std::vector<int64_t>& sizes,
                                           int64_t tokens) {
-  if (tokens < sm90::min_tokens_to_share) {
+  if (tokens < sm90::min_tokens_to_share || input.scalar_type() == ScalarType::Float) {
     return {torch::stable::new_empty(input, sizes, ScalarType::Float), nullptr};
   }
   const std::vector<int64_t> with_counter{tokens + 1};

@@ -81,7 +81,11 @@ def test_several_streams_and_all_kernels_in_one_cuda_graph() -> None:
     """Captured with a fork and a join, replayed with new tokens and new factors."""
     works = [
         (kernel, pack_int32, random_problem(M, N, tokens, dtype, DEVICE))
-        for (M, N), tokens in (((64, 64), 1), ((128, 148), 33), ((24, 24), 700), ((13, 17), 5))
+        # 112 x 128 has tokens enough for blocks to share them out (see TokenSource of sm90).
+        for (M, N), tokens in (
+            *(((64, 64), 1), ((128, 148), 33), ((24, 24), 700), ((13, 17), 5)),
+            ((112, 128), 4096),
+        )
         for dtype in DTYPES
         for kernel, pack_int32 in variants(M, N, dtype)
     ]
@@ -120,6 +124,9 @@ def test_ten_thousand_calls_of_eight_threads_on_eight_streams() -> None:
         for tokens, dtype in ((1, DTYPES[0]), (37, DTYPES[1]), (200, DTYPES[0]), (16, DTYPES[2]))
         for kernel, pack_int32 in variants(M, N, dtype)
     ]
+    # Tokens enough for blocks to share them out.
+    shared_out = random_problem(112, 128, 2500, DTYPES[0], DEVICE)
+    works += [("auto", True, shared_out), ("auto", False, shared_out)]
     expected = [call(problem, kernel, packed) for kernel, packed, problem in works]
     torch.cuda.synchronize()
     wrong: list[Tensor] = []

@@ -202,12 +202,11 @@ INSTRUCTIONS = {
         r"cp\.async\.commit_group;",
         r"cp\.async\.wait_(all|group 0);",
     ],
-    "maximum": [r"redux\.sync\.max\.u32 "],
 }
 
 
 SM80_INSTRUCTIONS = {
-    "named_barrier": [r"bar\.sync 3, 96;", r"redux\.sync\.max\.u32 "],
+    "named_barrier": [r"bar\.sync 3, 96;"],
     "copy": [
         r"cp\.async\.cg\.shared\.global(?:\.L2::128B)? \[%r\d+\], \[%rd\d+\], 16, %r\d+;",
         r"cp\.async\.ca\.shared\.global(?:\.L2::128B)? \[%r\d+\], \[%rd\d+\], 8, %r\d+;",

@@ -168,6 +168,17 @@ def test_zeros_in_the_factors_make_nan_of_inf_in_its_token_only(
 
 
 @pytest.mark.parametrize("M, N", [(M, N) for M, N in KINDS if M * N % 8 == 0])
+@pytest.mark.parametrize("factor", ["left", "right"])
+def test_inf_in_a_factor_is_inf_and_not_nan(factor: str, M: int, N: int) -> None:
+    """All else is positive, so that Y is Inf of one sign; padding must not make NaN of it."""
+    problem = Problem(*(t.abs() + 0.5 for t in random_problem(M, N, 5, torch.float16, DEVICE)))
+    getattr(problem, factor)[0, -1] = math.inf
+    for kernel in kernels(M, N, torch.float16):
+        codes, scales = quantize(problem, kernel)
+        assert (scales == math.inf).all() and (codes == 0).all(), kernel
+
+
+@pytest.mark.parametrize("M, N", [(M, N) for M, N in KINDS if M * N % 8 == 0])
 def test_inf_beside_an_intermediate_that_overflows_is_inf_and_not_nan(M: int, N: int) -> None:
     """Y is Inf of one sign, or finite: an Inf of the other sign made on the way would give NaN."""
     x = torch.full((3, M * N), 60000.0, device=DEVICE)

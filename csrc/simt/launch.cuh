@@ -10,11 +10,12 @@ namespace flatquant::simt {
 
 template <class Element>
 void launch(const Problem& problem, cudaStream_t stream) {
-  const Plan plan(problem.rows, problem.cols,
-                  device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "simt", problem));
-  check_cuda(cudaFuncSetAttribute(kernel<Element>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  plan.shared_bytes),
-             "simt", problem);
+  const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "simt", problem);
+  const Plan plan(problem.rows, problem.cols, limit);
+  // The limit, not the plan's bytes: the kernel serves many plans, and threads share its attribute.
+  check_cuda(
+      cudaFuncSetAttribute(kernel<Element>, cudaFuncAttributeMaxDynamicSharedMemorySize, limit),
+      "simt", problem);
   const auto blocks = static_cast<unsigned>((problem.tokens + plan.tokens - 1) / plan.tokens);
   kernel<Element><<<blocks, plan.threads, plan.shared_bytes, stream>>>(problem, plan);
   check_cuda(cudaGetLastError(), "simt", problem);

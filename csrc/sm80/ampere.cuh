@@ -24,19 +24,6 @@ __device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-__device__ __forceinline__ int warp_uniform(int value) {
-  return __shfl_sync(0xffffffffu, value, 0);
-}
-
-// Largest of the warp's non-negative or NaN values; NaN wins (see absmax in quantize.cuh).
-__device__ __forceinline__ float warp_max(float value) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value)));
-#else
-  return value;  // never called: older architectures compile the kernels empty
-#endif
-}
-
 // --- asynchronous copies ---
 
 // `bytes` (4, 8 or 16) from global to shared memory, both aligned to them; zeros unless `inside`.

@@ -1,4 +1,4 @@
-// Tile choices of the sm80 kernels, as data, with the arithmetic that limits them. Host only C++.
+// Tile choices of the sm80 kernels, as data, with the arithmetic that limits them. Plain C++.
 #pragma once
 
 namespace flatquant::sm80 {

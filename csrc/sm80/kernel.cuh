@@ -192,56 +192,13 @@ __device__ __forceinline__ void to_fragments(Fragments<Config>& fragments,
   }
 }
 
-// Sum over the four lanes of a quad, the same bits in each.
-__device__ __forceinline__ float quad_sum(float value) {
-  value += __shfl_xor_sync(0xffffffffu, value, 1);
-  return value + __shfl_xor_sync(0xffffffffu, value, 2);
-}
-
-// 16 rows of Y in plain float32 arithmetic and without padding. For the rare tokens whose Y holds
-// NaN or Inf: because finite values of W were beyond float16's range, or because X holds them,
-// which padding would turn into more of them (0 * Inf is NaN).
-template <class Config>
-__device__ void exact_transform(float (&y)[Config::cols / 2], const Problem& problem, int64_t token,
-                                ThreadRows thread) {
-  using Element = typename Config::Element;
-  const auto* x = static_cast<const Element*>(problem.input) + token * problem.input_stride;
-  const auto* left = static_cast<const Element*>(problem.left);
-  const auto* right = static_cast<const Element*>(problem.right);
-#pragma unroll
-  for (int i = 0; i < Config::cols / 2; ++i) y[i] = 0.0f;
-#pragma unroll 1
-  for (int k = 0; k < problem.cols; ++k) {
-    float w[2] = {};
-#pragma unroll 1
-    for (int m = thread.quad_lane; m < problem.rows; m += 4) {
-      const float value = static_cast<float>(x[m * problem.cols + k]);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = thread.first_row + 8 * half;
-        if (row >= problem.rows) continue;
-        w[half] = fmaf(static_cast<float>(left[m * problem.rows + row]), value, w[half]);
-      }
-    }
-    w[0] = quad_sum(w[0]);
-    w[1] = quad_sum(w[1]);
-#pragma unroll
-    for (int i = 0; i < Config::cols / 2; ++i) {
-      const int col = ColumnOrder<Config::cols>::column(i / 4, thread.quad_lane) + i % 2;
-      if (col >= problem.cols) continue;
-      const auto factor = static_cast<float>(right[k * problem.cols + col]);
-      y[i] = fmaf(w[i / 2 % 2], factor, y[i]);
-    }
-  }
-}
-
 template <class Config>
 __device__ void exact_transform(Accumulators<Config>& y, const Problem& problem, int64_t token,
                                 ThreadRows thread) {
 #pragma unroll
   for (int tile = 0; tile < Config::row_tiles; ++tile) {
-    exact_transform<Config>(y[tile], problem, token,
-                            {thread.first_row + 16 * tile, thread.quad_lane});
+    exact_transform<typename Config::Element>(
+        y[tile], problem, token, ThreadRows{thread.first_row + 16 * tile, thread.quad_lane});
   }
 }
 

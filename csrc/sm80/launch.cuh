@@ -25,9 +25,10 @@ void launch_if(const Problem& problem, const Plan& plan, cudaStream_t stream) {
   } else {
     kernel = resident_kernel<Class>;
   }
-  check_cuda(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
-      "sm80", problem);
+  // The device's limit, not the plan's bytes: the kernel serves many plans, and threads share it.
+  const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "sm80", problem);
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit),
+             "sm80", problem);
   const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, "sm80", problem);
   const auto blocks = static_cast<unsigned>(std::min(problem.tokens, multiprocessors));
   kernel<<<blocks, plan.threads(), plan.shared_bytes, stream>>>(problem, plan);

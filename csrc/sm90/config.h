@@ -1,4 +1,4 @@
-// Tile choices of the sm90 kernel, as data, with the arithmetic that limits them. Host only C++.
+// Tile choices of the sm90 kernel, as data, with the arithmetic that limits them. Plain C++.
 #pragma once
 
 #include <cstdint>
@@ -64,13 +64,15 @@ constexpr int registers(int warpgroups) {
 
 // A thread holds Y's accumulator (cols / 2) and W as A fragments (cols / 4); some 32 more serve
 // everything else.
-constexpr bool fit(int warpgroups, int cols) { return cols * 3 / 4 + 32 <= registers(warpgroups); }
+constexpr bool registers_suffice(int warpgroups, int cols) {
+  return cols * 3 / 4 + 32 <= registers(warpgroups);
+}
 
 // Tokens in work at once, each by row_tiles warpgroups: one's epilogue runs beside the others'
 // products.
 constexpr int tokens_at_once(int row_tiles, int cols) {
   int tokens = 8 / row_tiles;
-  while (tokens > 1 && !fit(tokens * row_tiles, cols)) --tokens;
+  while (tokens > 1 && !registers_suffice(tokens * row_tiles, cols)) --tokens;
   return tokens;
 }
 

@@ -167,25 +167,4 @@ __device__ __forceinline__ void wgmma_wait(float (&d)[count]) {
   fence_registers(d);
 }
 
-// --- warp ---
-
-__device__ __forceinline__ int warp_uniform(int value) {
-  return __shfl_sync(0xffffffffu, value, 0);
-}
-
-// Sum over the four lanes of a quad, the same bits in each.
-__device__ __forceinline__ float quad_sum(float value) {
-  value += __shfl_xor_sync(0xffffffffu, value, 1);
-  return value + __shfl_xor_sync(0xffffffffu, value, 2);
-}
-
-// Largest of the warp's non-negative or NaN values; NaN wins (see absmax in quantize.cuh).
-__device__ __forceinline__ float warp_max(float value) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value)));
-#else
-  return value;  // never called: older architectures compile the kernel empty
-#endif
-}
-
 }  // namespace flatquant::sm90

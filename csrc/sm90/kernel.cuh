@@ -6,12 +6,10 @@
 // products of another. A ring of stages holds the tokens to come; one thread of a group has the
 // copy engine fill a stage again once its token is used. The epilogue reduces max|Y| over the
 // group, then quantises the accumulators and stores whole words; the token is read once and its
-// codes are written once. Shared memory: barriers and maxima, right, left and the ring, all
-// operands in the panel layout (config.h). One block stays on each SM. Bound by memory, or by
-// tensor cores where rows + cols is large.
+// codes are written once. Shared memory: barriers, token numbers and maxima, right, left and the
+// ring, all operands in the panel layout (config.h). One block stays on each SM. Bound by memory,
+// or by tensor cores where rows + cols is large.
 #pragma once
-
-#include <type_traits>
 
 #include "fragment.cuh"
 #include "problem.h"
@@ -46,20 +44,21 @@ struct SharedMemory {
 // dealt out in turn; then, as some SMs get less of the memory's bandwidth than others, what is
 // first come, first served. The counter for that is scratch of any content, which block 0 sets to
 // zero long before it is needed. Were another block to draw before that, it would work on a token
-// twice, to the same bits, or leave early; block 0 itself does not rest until the last token is
-// handed out.
+// twice, to the same bits, or leave early; block 0 itself, which draws only after it has met a
+// block barrier, does not rest until the last token is handed out.
 template <class Config>
 class TokenSource {
  public:
-  __device__ TokenSource(const Problem& problem, int group)
+  // `first` is the group's first token, which its first stage gets.
+  __device__ TokenSource(const Problem& problem, uint32_t first)
       : tokens_(static_cast<uint32_t>(problem.tokens)),
         counter_(problem.counter),
-        position_(blockIdx.x + group * gridDim.x) {
-    // The fixed share is more than the stages hold at first.
+        position_(first + Config::groups * gridDim.x) {
+    // The fixed share is more than the stages hold and the next draws take before that barrier.
     const bool shares =
-        counter_ != nullptr && tokens_ / gridDim.x >= 2 * (Config::stages + Config::groups);
+        counter_ != nullptr && tokens_ >= 2 * (Config::stages + Config::groups) * gridDim.x;
     fixed_ = shares ? tokens_ - tokens_ / 4 : tokens_;
-    if (shares && blockIdx.x == 0 && threadIdx.x == 0) *counter_ = 0;
+    if (shares && blockIdx.x == 0 && threadIdx.x == 0) atomicExch(counter_, 0u);
     next_ = draw();
   }
 
@@ -86,11 +85,10 @@ class TokenSource {
   uint32_t next_;
 };
 
-// Starts the copy of the next token, if there is one, into a stage.
+// Starts the copy of a token, if it exists, into a stage.
 template <class Config>
 __device__ void fill(const CUtensorMap& input_map, const Problem& problem,
-                     const SharedMemory<Config>& shared, int stage, TokenSource<Config>& source) {
-  const uint32_t token = source.take();
+                     const SharedMemory<Config>& shared, int stage, uint32_t token) {
   const bool exists = token < problem.tokens;
   Mbarrier* full = &shared.storage->full[stage];
   shared.storage->tokens[stage] = token;
@@ -178,51 +176,6 @@ __device__ void second_product(float (&y)[Config::cols / 2], float (&w)[Config::
   wgmma_wait(y);
 }
 
-// Y again, for this thread's accumulators, in plain float32 arithmetic and without padding. For the
-// rare tokens whose Y holds NaN or Inf: because finite values of W were beyond float16's range, or
-// because X holds them, which padding would turn into more of them (0 * Inf is NaN).
-template <class Config>
-__device__ void exact_transform(float (&y)[Config::cols / 2], const Problem& problem,
-                                const SharedMemory<Config>& shared, uint32_t token,
-                                ThreadRows thread) {
-  using Element = typename Config::Element;
-  using Order = ColumnOrder<Config::cols>;
-  const auto* x =
-      static_cast<const Element*>(problem.input) + int64_t{token} * problem.input_stride;
-  const auto* left = reinterpret_cast<const Element*>(shared.left);
-  const auto* right = reinterpret_cast<const Element*>(shared.right);
-#pragma unroll
-  for (int i = 0; i < Config::cols / 2; ++i) y[i] = 0.0f;
-#pragma unroll 1
-  for (int k = 0; k < problem.cols; ++k) {
-    float w[2] = {};
-#pragma unroll 1
-    for (int m = thread.quad_lane; m < problem.rows; m += 4) {
-      const float value = static_cast<float>(x[m * problem.cols + k]);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = thread.first_row + 8 * half;
-        if (row >= problem.rows) continue;
-        const Element factor = left[Panel::offset(64, Config::depth, m, row)];
-        w[half] = fmaf(static_cast<float>(factor), value, w[half]);
-      }
-    }
-    w[0] = quad_sum(w[0]);
-    w[1] = quad_sum(w[1]);
-#pragma unroll
-    for (int block = 0; block < Config::cols / 8; ++block) {
-      const int col = Order::column(block, thread.quad_lane);
-      if (col >= problem.cols) continue;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int position = 8 * block + 2 * thread.quad_lane + i % 2;
-        const Element factor = right[Panel::offset(Config::width, Config::cols, k, position)];
-        y[4 * block + i] = fmaf(w[i / 2], static_cast<float>(factor), y[4 * block + i]);
-      }
-    }
-  }
-}
-
 // max|Y| of the token, the same in all threads of its group; `maxima` has a place for each warp.
 template <class Config>
 __device__ float token_max(const float (&y)[Config::cols / 2], float* maxima, int group) {
@@ -243,13 +196,13 @@ __device__ float token_max(const float (&y)[Config::cols / 2], float* maxima, in
 template <class Config, class Refill>
 __device__ void epilogue(float (&y)[Config::cols / 2], const Problem& problem,
                          const SharedMemory<Config>& shared, uint32_t token, ThreadRows thread,
-                         int group, int set, Refill refill) {
+                         int group, int maxima_set, Refill refill) {
   auto& maxima = shared.storage->maxima;
-  float max = token_max<Config>(y, maxima[set][group], group);
+  float max = token_max<Config>(y, maxima[maxima_set][group], group);
   if constexpr (!Config::refills_early) refill();  // the group's barrier is past
   if (!(max < INFINITY)) {
-    exact_transform<Config>(y, problem, shared, token, thread);
-    max = token_max<Config>(y, maxima[set ^ 1][group], group);
+    exact_transform<typename Config::Element>(y, problem, token, thread);
+    max = token_max<Config>(y, maxima[maxima_set ^ 1][group], group);
     named_barrier_sync(group, Config::group_threads);  // all have read this set
   }
   const TokenScale scale(max, problem.clip_ratio);
@@ -268,7 +221,6 @@ __device__ void epilogue(float (&y)[Config::cols / 2], const Problem& problem,
 template <class Config>
 __device__ void work(const CUtensorMap& input_map, const Problem& problem,
                      const SharedMemory<Config>& shared, TokenSource<Config>& source) {
-  // Read from one lane, so that the compiler knows it to be uniform in the warp.
   const int warpgroup = warp_uniform(threadIdx.x / 128);
   const int group = warpgroup / Config::row_tiles, row_tile = warpgroup % Config::row_tiles;
   const ThreadRows thread{
@@ -293,14 +245,14 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
     return token;
   };
   uint32_t token = start();
-  int set = 0;
+  int maxima_set = 0;
   while (true) {
     wgmma_wait(w);
     if (token >= problem.tokens) break;
     const int used = stage;
     const auto refill = [&] {
       if (threadIdx.x % Config::group_threads == 0) {
-        fill(input_map, problem, shared, used, source);
+        fill(input_map, problem, shared, used, source.take());
       }
     };
     if constexpr (Config::refills_early) {
@@ -315,8 +267,8 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
     second_product<Config>(y, w, right);
     uint32_t next;
     if constexpr (Config::overlaps) next = start();
-    epilogue<Config>(y, problem, shared, token, thread, group, set, refill);
-    set ^= 1;
+    epilogue<Config>(y, problem, shared, token, thread, group, maxima_set, refill);
+    maxima_set ^= 1;
     if constexpr (!Config::overlaps) next = start();
     token = next;
   }
@@ -328,18 +280,23 @@ __global__ void __launch_bounds__(Config::threads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
   const SharedMemory<Config> shared(dynamic_shared_memory());
   const int group = threadIdx.x / Config::group_threads;
+  const uint32_t first = blockIdx.x + group * gridDim.x;
   const bool fills = threadIdx.x % Config::group_threads == 0;
+  // The first tokens are asked for at once, the others after the factors.
   if (fills) {
+    tma_prefetch_map(&input_map);
     for (int stage = group; stage < Config::stages; stage += Config::groups) {
       mbarrier_init(&shared.storage->full[stage], 1);
     }
     mbarrier_init_fence();
+    fill(input_map, problem, shared, group, first);
   }
-  TokenSource<Config> source(problem, group);
-  // A group's first token is asked for at once, the others after the factors.
-  for (int stage = group; stage < Config::stages; stage += Config::groups) {
-    if (fills) fill(input_map, problem, shared, stage, source);
-    if (stage == group) start_staging_factors<Config>(problem, shared);
+  start_staging_factors<Config>(problem, shared);
+  TokenSource<Config> source(problem, first);
+  if (fills) {
+    for (int stage = group + Config::groups; stage < Config::stages; stage += Config::groups) {
+      fill(input_map, problem, shared, stage, source.take());
+    }
   }
   copy_async_wait();
   fence_proxy_async();

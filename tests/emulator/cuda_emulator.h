@@ -22,6 +22,7 @@
 #include <functional>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #undef __global__
@@ -496,6 +497,10 @@ T atomicAdd(T* address, T value) {
   const T old = *address;
   *address = old + value;
   return old;
+}
+template <class T>
+T atomicExch(T* address, T value) {
+  return std::exchange(*address, value);
 }
 template <class T>
 T atomicMax(T* address, T value) {

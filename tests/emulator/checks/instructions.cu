@@ -37,4 +37,3 @@ extern "C" __global__ void copies(void* shared, const void* global, bool conditi
   copy_async<16>(shared, global, condition);
   copy_async_wait();
 }
-extern "C" __global__ void maximum(float* out) { out[threadIdx.x] = warp_max(out[threadIdx.x]); }

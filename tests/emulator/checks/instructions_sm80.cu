@@ -6,7 +6,7 @@ using namespace flatquant::sm80;
 
 extern "C" __global__ void named_barrier(int* out) {
   named_barrier_sync(3, 96);
-  *out = static_cast<int>(warp_max(static_cast<float>(*out)));
+  *out = 1;
 }
 extern "C" __global__ void copy(const void* global, int inside) {
   unsigned char* shared = dynamic_shared_memory();

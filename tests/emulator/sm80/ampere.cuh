@@ -13,11 +13,6 @@ inline void named_barrier_sync(int barrier, int threads) {
   emulator::machine().barrier_sync(barrier, threads);
 }
 
-inline int warp_uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
-inline float warp_max(float value) {
-  return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value)));
-}
-
 template <int bytes>
 void cp_async(void* shared, const void* global, bool inside) {
   emulator::async_copies().issue(shared, global, bytes, inside);

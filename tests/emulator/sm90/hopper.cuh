@@ -91,13 +91,4 @@ void wgmma_wait(float (&d)[count]) {
   emulator::wgmma_unit().wait(d);
 }
 
-inline int warp_uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
-inline float quad_sum(float value) {
-  value += __shfl_xor_sync(0xffffffffu, value, 1);
-  return value + __shfl_xor_sync(0xffffffffu, value, 2);
-}
-inline float warp_max(float value) {
-  return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value)));
-}
-
 }  // namespace flatquant::sm90
