@@ -161,6 +161,8 @@ def test_random_problems_agree_with_float64() -> None:
     check()
     assert number >= settings().max_examples
     COUNTS["property cases"] += number
-    # Few cases have few codes, and one at a boundary repeats in all tokens that overlap.
+    # The share is that of many cases: in few, single ones weigh heavily, and a code at a boundary
+    # repeats in all tokens that overlap.
+    spread = 1 if number >= 10_000 else 4
     for name, count in mismatches.items():
-        assert count <= allowed[name] + MAX_TOKENS, f"{name}: {count} codes differ"
+        assert count <= spread * allowed[name] + MAX_TOKENS, f"{name}: {count} codes differ"
