@@ -139,21 +139,24 @@ def filled(page: str, text: str) -> str:
     return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
-def pages(results: Path, root: Path) -> dict[Path, str]:
-    """What each page must hold: both READMEs, and the table of everything beside the results."""
-    report = json.loads((results / "models.json").read_text(encoding="utf-8"))
-    others = [
-        (path.name, json.loads(path.read_text(encoding="utf-8")))
+def read_reports(results: Path) -> dict[str, dict[str, Any]]:
+    """Every report of a folder by its file's name."""
+    return {
+        path.name: json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(results.glob("*.json"))
-        if path.name != "models.json"
-    ]
+    }
+
+
+def pages(reports: dict[str, dict[str, Any]], results: Path, root: Path) -> dict[Path, str]:
+    """What each page must hold: both READMEs, and the table of everything beside the results."""
     wanted = {
         root / name: "\n\n".join(
             [
-                section(report, language, sizes(SHOWN_MODELS)),
+                section(reports["models.json"], language, sizes(SHOWN_MODELS)),
                 *(
-                    f"[{file}](benchmarks/results/{file}): {verdict(other, language)}"
-                    for file, other in others
+                    f"[{file}](benchmarks/results/{file}): {verdict(report, language)}"
+                    for file, report in reports.items()
+                    if file != "models.json"
                 ),
             ]
         )
@@ -165,9 +168,8 @@ def pages(results: Path, root: Path) -> dict[Path, str]:
         for path, text in wanted.items()
     }
     everything = [HEADING]
-    for path in sorted(results.glob("*.json")):
-        report = json.loads(path.read_text(encoding="utf-8"))
-        everything += ["", f"## [{path.name}]({path.name})", "", section(report, "en")]
+    for file, report in reports.items():
+        everything += ["", f"## [{file}]({file})", "", section(report, "en")]
     pages[results / "README.md"] = "\n".join(everything) + "\n"
     return pages
 
@@ -178,10 +180,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="(default: %(default)s)")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of the READMEs")
     options = parser.parse_args(argv)
-    if not (options.results / "models.json").is_file():
+    reports = read_reports(options.results)
+    if "models.json" not in reports:
         print(f"no results: {options.results / 'models.json'} does not exist")
         return 1
-    wanted = pages(options.results, options.root)
+    wanted = pages(reports, options.results, options.root)
     if options.check:
         wrong = [
             path
@@ -196,11 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path, text in wanted.items():
         path.write_text(text, encoding="utf-8")
         print(path)
-    reports = [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(options.results.glob("*.json"))
-    ]
-    for path in plots.draw(reports, options.results):
+    for path in plots.draw(list(reports.values()), options.results):
         print(path)
     return 0
 

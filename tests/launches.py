@@ -77,7 +77,9 @@ def call(
 def poison_outputs(tokens: int, features: int, pack_int32: bool) -> None:
     """Fill with garbage the memory that the caching allocator hands out next for such outputs."""
     bytes_ = tokens * features // 2 if pack_int32 else tokens * features
-    blocks = [torch.empty(size, dtype=torch.uint8, device=DEVICE) for size in (bytes_, 4 * tokens)]
+    # The scales of large batches have one word more behind them (Problem::counter).
+    sizes = (bytes_, 4 * tokens, 4 * (tokens + 1))
+    blocks = [torch.empty(size, dtype=torch.uint8, device=DEVICE) for size in sizes]
     for block in blocks:
         block.fill_(0x5A)
 

@@ -277,12 +277,32 @@ MISTAKES = {
 }
 
 
-def test_emulator_notices_mistakes(toolchain: Toolchain, tmp_path: Path) -> None:
-    program = toolchain.compile_driver("check_emulator", tmp_path)
-    for mistake in ["none", "store with fence"]:
-        run = subprocess.run([program, mistake], capture_output=True, text=True)
-        assert run.returncode == 0, f"{mistake}: {run.stderr}"
-    for mistake, message in MISTAKES.items():
+SM80_MISTAKES = {
+    "no commit": "wrong result|in flight",
+    "no wait": "wrong result|in flight",
+    "too many pending": "wrong result|in flight",
+    "no barrier": "wrong result",
+    "misaligned copy": "cp.async to .* not aligned to 4 bytes",
+    "misaligned row": "ldmatrix of a row .* not aligned to 16 bytes",
+}
+
+
+@pytest.mark.parametrize(
+    "name, right, mistakes",
+    [
+        ("check_emulator", ["none", "store with fence"], MISTAKES),
+        ("check_sm80", ["none"], SM80_MISTAKES),
+    ],
+    ids=["check_emulator", "check_sm80"],
+)
+def test_emulator_notices_mistakes(
+    toolchain: Toolchain, tmp_path: Path, name: str, right: list[str], mistakes: dict[str, str]
+) -> None:
+    program = toolchain.compile_driver(name, tmp_path)
+    for variant in right:
+        run = subprocess.run([program, variant], capture_output=True, text=True)
+        assert run.returncode == 0, f"{variant}: {run.stderr}"
+    for mistake, message in mistakes.items():
         run = subprocess.run([program, mistake], capture_output=True, text=True)
         assert run.returncode == 1 and re.search(message, run.stderr), f"{mistake}: {run.stderr}"
 
@@ -448,25 +468,6 @@ def test_fragments_are_those_of_cute(toolchain: Toolchain, tmp_path: Path) -> No
     run = subprocess.run([program], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
     assert "768 comparisons, 0 wrong" in run.stdout, run.stdout
-
-
-SM80_MISTAKES = {
-    "no commit": "wrong result|in flight",
-    "no wait": "wrong result|in flight",
-    "too many pending": "wrong result|in flight",
-    "no barrier": "wrong result",
-    "misaligned copy": "cp.async to .* not aligned to 4 bytes",
-    "misaligned row": "ldmatrix of a row .* not aligned to 16 bytes",
-}
-
-
-def test_emulator_notices_mistakes_with_copies(toolchain: Toolchain, tmp_path: Path) -> None:
-    program = toolchain.compile_driver("check_sm80", tmp_path)
-    run = subprocess.run([program, "none"], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    for mistake, message in SM80_MISTAKES.items():
-        run = subprocess.run([program, mistake], capture_output=True, text=True)
-        assert run.returncode == 1 and re.search(message, run.stderr), f"{mistake}: {run.stderr}"
 
 
 def sm80_seed(memory: int) -> int:

@@ -8,6 +8,7 @@
 #include <deque>
 #include <memory>
 
+#include "async_copies.h"
 #include "cuda_emulator.h"
 #include "descriptor.h"
 #include "element.h"
@@ -294,10 +295,14 @@ inline Wgmma& wgmma_unit() {
 // Makes the units of sm_90 follow the blocks of the machine.
 inline void attach_sm90() {
   machine().block_starts = [] {
+    async_copies().block_starts();
     mbarriers().block_starts();
     wgmma_unit().block_starts();
   };
-  machine().block_ended = [] { wgmma_unit().block_ended(); };
+  machine().block_ended = [] {
+    async_copies().block_ended();
+    wgmma_unit().block_ended();
+  };
 }
 
 }  // namespace emulator

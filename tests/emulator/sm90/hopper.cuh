@@ -2,6 +2,7 @@
 // to run in the emulator.
 #pragma once
 
+#include "async_copies.h"
 #include "cuda_emulator.h"
 #include "mbarrier.h"
 #include "tensor_map.h"
@@ -28,27 +29,13 @@ inline void mbarrier_wait(Mbarrier* barrier, uint32_t parity) {
   emulator::mbarriers().wait(barrier, parity);
 }
 
-// The copies that threads have started, each made when its thread waits.
-inline std::vector<std::function<void()>>& copies_in_flight() {
-  static std::vector<std::function<void()>> copies[1024];
-  return copies[emulator::machine().thread()];
-}
 template <int bytes>
 void copy_async(void* shared, const void* global, bool condition) {
-  if (reinterpret_cast<uintptr_t>(shared) % bytes || reinterpret_cast<uintptr_t>(global) % bytes) {
-    emulator::fail("cp.async of %d bytes is misaligned", bytes);
-  }
-  copies_in_flight().push_back([=] {
-    if (condition) {
-      std::memcpy(shared, global, bytes);
-    } else {
-      std::memset(shared, 0, bytes);
-    }
-  });
+  emulator::async_copies().issue(shared, global, bytes, condition);
 }
 inline void copy_async_wait() {
-  for (const auto& copy : copies_in_flight()) copy();
-  copies_in_flight().clear();
+  emulator::async_copies().commit();
+  emulator::async_copies().wait(0);
 }
 
 inline void fence_proxy_async() { emulator::machine().shared.publish(); }
