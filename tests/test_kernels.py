@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,13 +36,20 @@ pytestmark = pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)
 
 @by_dtype
 @pytest.mark.parametrize("M, N", [*SIZES, *ODD])
-def test_codes_and_scales_agree_with_float64(M: int, N: int, dtype: torch.dtype) -> None:
+def test_codes_and_scales_agree_with_float64(
+    M: int, N: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # 2^20 elements give the smallest mismatch limit, 2e-5, a count of 20 to be judged by.
     tokens = max(257, 2**20 // (M * N) + 1)
     problem = random_problem(M, N, tokens, dtype, "cuda")
     exact = float64(problem)
     clip_ratio = 0.95
     eager = eager_mismatches(problem, clip_ratio, exact)
+    # The bound is for sums of up to 256 products; the error of longer ones walks on at random.
+    bound = accuracy.TOLERANCES[dtype]
+    longer = math.sqrt(max(M, N, 256) / 256)
+    longer_bound = replace(bound, transform=bound.transform * longer)
+    monkeypatch.setitem(accuracy.TOLERANCES, dtype, longer_bound)
     failures = []
     for kernel, pack_int32 in variants(M, N, dtype):
         output = quantize(problem, kernel, pack_int32, clip_ratio)
@@ -244,6 +252,8 @@ def test_no_memory_is_taken_but_for_the_results() -> None:
     wide = random_problem(64, 128, 3000, torch.float16, "cuda").input
     factors = random_problem(64, 64, 0, torch.float16, "cuda")[1:]
     for kernel in kernels(64, 64, torch.float16):
+        # Or a larger cached block that others left may be handed out unsplit.
+        torch.cuda.empty_cache()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
