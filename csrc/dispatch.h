@@ -12,7 +12,7 @@
 namespace flatquant {
 
 // What the table is asked. compute_capability is 10 * major + minor; architectures is what the
-// binary was built for, such as "80;90a;120+PTX".
+// binary was built for, such as "80;90a;120+PTX". rows and cols are 0 where there is no transform.
 struct Query {
   int compute_capability;
   std::string_view architectures;
@@ -73,6 +73,11 @@ inline constexpr KernelEntry kernel_table[] = {
      [](const Query& q) {
        return q.compute_capability >= 60 && covers(q.architectures, q.compute_capability) &&
               simt::serves(q.rows, q.cols);
+     }},
+    {"plain",  // only quantises
+     [](const Query& q) {
+       return q.compute_capability >= 60 && covers(q.architectures, q.compute_capability) &&
+              q.rows == 0 && q.cols == 0;
      }},
 };
 

@@ -6,10 +6,20 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
+#include "outputs.cuh"
 #include "problem.h"
 #include "quantize.cuh"
 
 namespace flatquant {
+
+// What a kernel does with W and Y. `simple` is problem.is_simple(), which needs no more than both
+// products and max|Y| and whose few instructions matter where the epilogue binds; `any` serves all
+// that Problem can ask for.
+enum class Outputs { simple, any };
+template <Outputs outputs>
+using Reduced = std::conditional_t<outputs == Outputs::simple, Magnitude, Extremes>;
 
 // Order of the right factor's columns in shared memory. An accumulator row gives a thread two
 // neighbouring positions of every eight; the right factor's columns are permuted so that those are
@@ -50,18 +60,57 @@ struct ThreadRows {
   int quad_lane;
 };
 
-__device__ __forceinline__ uint32_t pack_pair(__half, float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-__device__ __forceinline__ uint32_t pack_pair(__nv_bfloat16, float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-
 // Read from one lane, so that the compiler knows it to be uniform in the warp.
 __device__ __forceinline__ int warp_uniform(int value) {
   return __shfl_sync(0xffffffffu, value, 0);
+}
+
+// A 4x4 transpose over the lanes of a quad: values[i] of lane j becomes values[j] of lane i.
+__device__ __forceinline__ void transpose_in_quad(float (&values)[4], int quad_lane) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool upper = quad_lane & bit;
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      float& low = values[bit == 1 ? 2 * pair : pair];
+      float& high = values[bit == 1 ? 2 * pair + 1 : pair + 2];
+      const float other = __shfl_xor_sync(0xffffffffu, upper ? low : high, bit);
+      low = upper ? other : low;
+      high = upper ? high : other;
+    }
+  }
+}
+
+// Accumulators of columns as they lie, as those of columns in ColumnOrder: what a product with the
+// identity in that order would do, without rounding.
+template <int count>
+__device__ __forceinline__ void to_column_order(float (&y)[count], const float (&natural)[count],
+                                                int quad_lane) {
+  using Order = ColumnOrder<2 * count>;
+#pragma unroll
+  for (int word = 0; word < Order::words; ++word) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float four[4];  // of the blocks that become this word in one of the lanes each
+#pragma unroll
+      for (int lane = 0; lane < 4; ++lane) {
+        four[lane] = natural[4 * (Order::word_column(word, lane) / 8) + i];
+      }
+      transpose_in_quad(four, quad_lane);
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) y[4 * (4 * word + pair) + i] = four[pair];
+    }
+  }
+  if constexpr (Order::has_half_word) {
+    constexpr int first = 16 * Order::words;  // accumulators of the two blocks
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int lane = 2 * (quad_lane % 2) + i / 4;
+      const float low = __shfl_sync(0xffffffffu, natural[first + i % 4], lane, 4);
+      const float high = __shfl_sync(0xffffffffu, natural[first + 4 + i % 4], lane, 4);
+      y[first + i] = quad_lane / 2 == 0 ? low : high;
+    }
+  }
 }
 
 // Sum over the four lanes of a quad, the same bits in each.
@@ -70,13 +119,19 @@ __device__ __forceinline__ float quad_sum(float value) {
   return value + __shfl_xor_sync(0xffffffffu, value, 2);
 }
 
-// Largest of the warp's non-negative or NaN values; NaN wins (see absmax in quantize.cuh).
-__device__ __forceinline__ float warp_max(float value) {
+// Of all values of the warp. Never called on older architectures, which compile the kernels empty.
+__device__ __forceinline__ Magnitude warp_reduce(Magnitude magnitude) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-  return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value)));
-#else
-  return value;  // never called: older architectures compile the kernels empty
+  magnitude.max = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(magnitude.max)));
 #endif
+  return magnitude;
+}
+__device__ __forceinline__ Extremes warp_reduce(Extremes extremes) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  extremes.high = __reduce_max_sync(0xffffffffu, extremes.high);
+  extremes.low = __reduce_max_sync(0xffffffffu, extremes.low);
+#endif
+  return extremes;
 }
 
 // The largest |y|, NaN if there is one; in four independent chains.
@@ -86,6 +141,41 @@ __device__ __forceinline__ float absmax(const float (&y)[count]) {
 #pragma unroll
   for (int i = 4; i < count; ++i) max[i % 4] = absmax(max[i % 4], y[i]);
   return absmax(absmax(max[0], max[1]), absmax(max[2], max[3]));
+}
+
+// The extremes of a thread's values; in four independent chains.
+template <int count>
+__device__ __forceinline__ Extremes extremes(const float (&y)[count]) {
+  static_assert(count % 8 == 0);
+  Extremes four[4];
+#pragma unroll
+  for (int i = 0; i < count; i += 8) {
+#pragma unroll
+    for (int chain = 0; chain < 4; ++chain) {
+      const uint32_t a = float_bits(y[i + chain]), b = float_bits(y[i + 4 + chain]);
+#if defined(__CUDA_ARCH__)
+      four[chain].high = __vimax3_s32(four[chain].high, static_cast<int>(a), static_cast<int>(b));
+      four[chain].low = __vimax3_u32(four[chain].low, a, b);
+#else
+      four[chain].include(bits_float(a));
+      four[chain].include(bits_float(b));
+#endif
+    }
+  }
+  four[0].include(four[1]);
+  four[2].include(four[3]);
+  four[0].include(four[2]);
+  return four[0];
+}
+
+// What Reduced says of a thread's values.
+template <class Reduced, int count>
+__device__ __forceinline__ Reduced reduce(const float (&y)[count]) {
+  if constexpr (std::is_same_v<Reduced, Magnitude>) {
+    return {absmax(y)};
+  } else {
+    return extremes(y);
+  }
 }
 
 // 16 rows of Y in plain float32 arithmetic and without padding. For the rare tokens whose Y holds
@@ -108,8 +198,12 @@ __device__ void exact_transform(float (&y)[count], const Problem& problem, int64
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = thread.first_row + 8 * half;
-        if (row >= problem.rows) continue;
-        w[half] = fmaf(static_cast<float>(left[m * problem.rows + row]), value, w[half]);
+        // Zeros of the identity take part in no sum, as 0 * Inf is NaN.
+        const int repeats = left == nullptr ? problem.rows : problem.left_repeats;
+        if (row >= problem.rows || row % repeats != m % repeats) continue;
+        const int entry = m / repeats * problem.left_size() + row / repeats;
+        const float factor = left == nullptr ? 1.0f : static_cast<float>(left[entry]);
+        w[half] = fmaf(factor, value, w[half]);
       }
     }
     w[0] = quad_sum(w[0]);
@@ -119,7 +213,10 @@ __device__ void exact_transform(float (&y)[count], const Problem& problem, int64
       const int half = i / 2 % 2;
       const int col = ColumnOrder<2 * count>::column(i / 4, thread.quad_lane) + i % 2;
       if (thread.first_row + 8 * half >= problem.rows || col >= problem.cols) continue;
-      const auto factor = static_cast<float>(right[k * problem.cols + col]);
+      const int size = right == nullptr ? 1 : problem.right_size();
+      if (col / size != k / size) continue;
+      const float factor =
+          right == nullptr ? 1.0f : static_cast<float>(right[k % size * size + col % size]);
       y[i] = fmaf(w[half], factor, y[i]);
     }
   }
@@ -183,16 +280,17 @@ __device__ __forceinline__ void octet_values(float (&values)[8], const float (&y
 
 // Codes of a token's 16 rows whose problem.cols is a multiple of 8, so that every word lies inside
 // a row.
-template <int cols, Storage storage>
-__device__ void store_codes(const float (&y)[cols / 2], float inverse, const Problem& problem,
-                            int64_t token, ThreadRows thread) {
+template <int cols, Storage storage, Clamp clamp>
+__device__ __forceinline__ void store_codes(const float (&y)[cols / 2], const TokenScale& scale,
+                                            const Problem& problem, void* all_codes, int64_t token,
+                                            ThreadRows thread) {
   using Order = ColumnOrder<cols>;
   constexpr int vector = Order::vector;
   constexpr bool packed = storage == Storage::int32;
   constexpr int words_per_octet = packed ? 1 : 2;  // 32-bit words of eight codes
   // A packed code is half a byte; addresses are taken at even features only.
   const auto bytes = [](int64_t features) { return packed ? features / 2 : features; };
-  unsigned char* codes = static_cast<unsigned char*>(problem.codes) +
+  unsigned char* codes = static_cast<unsigned char*>(all_codes) +
                          token * bytes(problem.rows * problem.cols) +
                          bytes(thread.first_row * problem.cols);
 
@@ -207,10 +305,11 @@ __device__ void store_codes(const float (&y)[cols / 2], float inverse, const Pro
         float values[8];
         octet_values(values, y, first + word, half);
         if constexpr (packed) {
-          words[word] = pack_int4(values, inverse);
+          words[word] = pack_int4<clamp>(values, scale);
         } else {
-          words[2 * word] = pack_int8({values[0], values[1], values[2], values[3]}, inverse);
-          words[2 * word + 1] = pack_int8({values[4], values[5], values[6], values[7]}, inverse);
+          words[2 * word] = pack_int8<clamp>({values[0], values[1], values[2], values[3]}, scale);
+          words[2 * word + 1] =
+              pack_int8<clamp>({values[4], values[5], values[6], values[7]}, scale);
         }
       }
       const int col = Order::word_column(first, thread.quad_lane);
@@ -234,9 +333,9 @@ __device__ void store_codes(const float (&y)[cols / 2], float inverse, const Pro
       const float four[4] = {values[0], values[1], values[2], values[3]};
       const int col = Order::half_word_column(thread.quad_lane);
       if constexpr (packed) {
-        store_if(inside && col < problem.cols, codes + bytes(col), pack_int4(four, inverse));
+        store_if(inside && col < problem.cols, codes + bytes(col), pack_int4<clamp>(four, scale));
       } else {
-        store_if(inside && col < problem.cols, codes + bytes(col), {pack_int8(four, inverse)});
+        store_if(inside && col < problem.cols, codes + bytes(col), {pack_int8<clamp>(four, scale)});
       }
     }
   }
@@ -252,10 +351,12 @@ __device__ __forceinline__ uint32_t narrow_codes(uint32_t codes) {
 // The same for any problem.cols: words may go over the ends of rows. Eight rows at a time become
 // int8 in `scratch` (8 * cols bytes for each warp, aligned to 8), a whole number of words, and are
 // read back by features.
-template <int cols>
-__device__ void store_codes_of_any_cols(const float (&y)[cols / 2], float inverse,
-                                        const Problem& problem, int64_t token, ThreadRows thread,
-                                        unsigned char* scratch) {
+template <int cols, Clamp clamp>
+__device__ __forceinline__ void store_codes_of_any_cols(const float (&y)[cols / 2],
+                                                        const TokenScale& scale,
+                                                        const Problem& problem, void* all_codes,
+                                                        int64_t token, ThreadRows thread,
+                                                        unsigned char* scratch) {
   using Order = ColumnOrder<cols>;
   const int lane = 4 * (thread.first_row % 8) + thread.quad_lane;
   const int features = problem.rows * problem.cols;
@@ -274,8 +375,8 @@ __device__ void store_codes_of_any_cols(const float (&y)[cols / 2], float invers
 #pragma unroll
       for (int part = 0; part < (is_half_word ? 4 : 8); part += 4) {
         const int col = first + part;
-        const uint32_t four = pack_int8(
-            {values[part], values[part + 1], values[part + 2], values[part + 3]}, inverse);
+        const uint32_t four = pack_int8<clamp>(
+            {values[part], values[part + 1], values[part + 2], values[part + 3]}, scale);
         if (by_fours) {
           if (col < problem.cols) *reinterpret_cast<uint32_t*>(row + col) = four;
         } else {
@@ -292,13 +393,13 @@ __device__ void store_codes_of_any_cols(const float (&y)[cols / 2], float invers
     const int count = rows * problem.cols;  // negative where all rows are padding
     const int64_t first_feature = token * features + first_row * problem.cols;
     if (problem.storage == Storage::int32) {
-      auto* words = static_cast<uint32_t*>(problem.codes) + first_feature / 8;
+      auto* words = static_cast<uint32_t*>(all_codes) + first_feature / 8;
       for (int i = lane; i < count / 8; i += 32) {
         const uint2 eight = reinterpret_cast<const uint2*>(scratch)[i];
         words[i] = narrow_codes(eight.x) | narrow_codes(eight.y) << 16;
       }
     } else {
-      auto* codes = static_cast<unsigned char*>(problem.codes) + first_feature;
+      auto* codes = static_cast<unsigned char*>(all_codes) + first_feature;
       if (features % 4 == 0) {
         for (int i = lane; i < count / 4; i += 32) {
           reinterpret_cast<uint32_t*>(codes)[i] = reinterpret_cast<const uint32_t*>(scratch)[i];
@@ -309,5 +410,96 @@ __device__ void store_codes_of_any_cols(const float (&y)[cols / 2], float invers
     }
   }
 }
+
+// Y itself of a token's 16 rows.
+template <int cols>
+__device__ __forceinline__ void store_transformed(const float (&y)[cols / 2],
+                                                  const Problem& problem, int64_t token,
+                                                  ThreadRows thread) {
+  using Order = ColumnOrder<cols>;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = thread.first_row + 8 * half;
+    if (row >= problem.rows) continue;
+    const int64_t first = (token * problem.rows + row) * problem.cols;
+#pragma unroll
+    for (int word = 0; word < Order::words; ++word) {
+      const int col = Order::word_column(word, thread.quad_lane);
+      float values[8];
+      octet_values(values, y, word, half);
+      store_values(problem.transformed_dtype, problem.transformed, first + col, values,
+                   problem.cols - col);
+    }
+    if constexpr (Order::has_half_word) {
+      const int col = Order::half_word_column(thread.quad_lane);
+      float values[8];
+      octet_values(values, y, Order::words, half);
+      const float four[4] = {values[0], values[1], values[2], values[3]};
+      store_values(problem.transformed_dtype, problem.transformed, first + col, four,
+                   problem.cols - col);
+    }
+  }
+}
+
+// Calls use(clamp), an integral_constant, with the cheapest Clamp that serves the scale.
+template <bool has_lanes, class Use>
+__device__ __forceinline__ void with_clamp(const TokenScale& scale, Use use) {
+  if (!scale.clamps) {
+    use(std::integral_constant<Clamp, Clamp::none>());
+    return;
+  }
+  if constexpr (has_lanes) {
+    if (!scale.saturates) {
+      use(std::integral_constant<Clamp, Clamp::lanes>());
+      return;
+    }
+  }
+  use(std::integral_constant<Clamp, Clamp::saturated>());
+}
+
+// The output whose ratios and scales this lane of a warp has; the first one's if there is none.
+__device__ __forceinline__ const Output& lane_output(const Problem& problem) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  return problem.outputs[lane < problem.output_count ? lane : 0];
+}
+
+// How a token is quantised for each of problem.outputs, spread over the lanes of a warp, so that
+// all are computed at once.
+template <bool has_lanes>
+class OutputScales {
+ public:
+  // `ratios` of lane_output().
+  __device__ OutputScales(const Ratios& ratios, const Extremes& extremes)
+      : mine_(ratios.scale(extremes, has_lanes)) {}
+
+  // The scales of a token to memory; called by one warp.
+  __device__ void store(const Problem& problem, int64_t token) const {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    if (lane < problem.output_count) problem.outputs[lane].scales[token] = mine_.scale;
+  }
+
+  // Calls use(codes, scale) for each output.
+  template <class Use>
+  __device__ __forceinline__ void for_each(const Problem& problem, Use use) const {
+    const uint32_t clamps = __ballot_sync(0xffffffffu, mine_.clamps);
+    const uint32_t saturates = __ballot_sync(0xffffffffu, mine_.saturates);
+#pragma unroll 1
+    for (int i = 0; i < problem.output_count; ++i) {
+      TokenScale scale = mine_;
+      scale.inverse = __shfl_sync(0xffffffffu, mine_.inverse, i);
+      scale.clamps = clamps >> i & 1;
+      scale.saturates = saturates >> i & 1;
+      if (scale.saturates) {
+        scale.factor = __shfl_sync(0xffffffffu, mine_.factor, i);
+        scale.multiplier = __shfl_sync(0xffffffffu, mine_.multiplier, i);
+        scale.constant = __shfl_sync(0xffffffffu, mine_.constant, i);
+      }
+      use(problem.outputs[i].codes, scale);
+    }
+  }
+
+ private:
+  TokenScale mine_;
+};
 
 }  // namespace flatquant

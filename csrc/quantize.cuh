@@ -65,53 +65,138 @@ FLATQUANT_HOST_DEVICE float reciprocal(float value) {
 #endif
 }
 
-// How one token is quantised: q = round_half_even(value * inverse), if needs_prepare of
-// prepare(value).
+// The largest magnitude of values, NaN if there is one; and below the extremes: what a kernel
+// reduces a token to.
+struct Magnitude {
+  float max = 0.0f;
+
+  FLATQUANT_HOST_DEVICE void include(const Magnitude& other) { max = absmax(max, other.max); }
+  FLATQUANT_HOST_DEVICE float magnitude() const { return max; }
+};
+
+// The largest and the smallest of values, or of none: as float bits, which order as signed integers
+// do where they are positive and as unsigned ones where they are negative. NaN lies beyond Inf on
+// either side.
+struct Extremes {
+  int32_t high = 0;  // the largest, or +0
+  uint32_t low = 0;  // the smallest where that is negative
+
+  FLATQUANT_HOST_DEVICE void include(float value) {
+    const uint32_t bits = float_bits(value);
+    if (static_cast<int32_t>(bits) > high) high = static_cast<int32_t>(bits);
+    if (bits > low) low = bits;
+  }
+  FLATQUANT_HOST_DEVICE void include(const Extremes& other) {
+    if (other.high > high) high = other.high;
+    if (other.low > low) low = other.low;
+  }
+  // max(value, 0), and max(-value, 0), of all values.
+  FLATQUANT_HOST_DEVICE float above() const { return bits_float(static_cast<uint32_t>(high)); }
+  FLATQUANT_HOST_DEVICE float below() const {
+    return bits_float(low >= 0x80000000u ? low & 0x7fffffffu : 0u);
+  }
+  FLATQUANT_HOST_DEVICE float magnitude() const { return absmax(above(), below()); }
+};
+
+// What values outside of -8..7 steps ask for. `saturated` serves all; the others are cheaper:
+// `none` where there are no such values, `lanes` up to 2^15 steps.
+enum class Clamp : int { none, lanes, saturated };
+
+// How one token is quantised: code_bits() of its values, clamped.
 struct TokenScale {
   float scale;
   float inverse;
-  // Set for the tokens of which a code costs more than one FFMA: those without codes (a maximum of
-  // zero, NaN or Inf), a scale whose reciprocal might not be a normal number, and clipping.
-  bool needs_prepare;
-  bool has_codes = true;
-  float factor = 1.0f;  // a power of two
-  float limit = 0.0f;   // the scale of prepared values
+  // Which Clamp is enough, as two flags: of one of three values the compiler makes a jump table.
+  bool clamps;     // not Clamp::none
+  bool saturates;  // Clamp::saturated
+  // For Clamp::saturated: factor is a power of two, inverse that of scale * factor * 32.
+  float factor = 1.0f;
+  float multiplier = 32.0f;
+  float constant = 0x1.8p23f - 16.0f;
 
-  FLATQUANT_HOST_DEVICE TokenScale(float token_max, float clip_ratio)
-      : scale(divide_by_7(clip_ratio * token_max)) {
-    needs_prepare = clip_ratio < 1.0f || !(scale >= 0x1p-100f && scale <= 0x1p100f);
+  // `scaled` is the largest of the ratios times their extremes. `has_lanes`: whether the caller
+  // knows Clamp::lanes. No value is further than 7 / ratio steps from zero. 7.47 (15/16) still
+  // rounds to 7 and -8.45 (53/64) to -8, so that nothing has to be clamped.
+  FLATQUANT_HOST_DEVICE TokenScale(float scaled, float max_ratio, float min_ratio, bool has_lanes)
+      : scale(divide_by_7(scaled)) {
+    const bool is_ordinary = scale >= 0x1p-100f && scale <= 0x1p100f;
+    clamps = !(max_ratio >= 15.0f / 16 && min_ratio >= 53.0f / 64);
+    saturates = !(is_ordinary && (has_lanes ? fminf(max_ratio, min_ratio) >= 0x1p-12f : !clamps));
+    clamps = clamps || saturates;
     inverse = reciprocal(scale);
-    if (needs_prepare) {
-      has_codes = scale > 0.0f && scale - scale == 0.0f;
+    if (saturates) {
+      // A scale without a normal reciprocal, or none: a maximum of zero, NaN or Inf.
+      const bool has_codes = scale > 0.0f && scale - scale == 0.0f;
       if (scale == 0.0f) scale = 1.0f;
       factor = scale < 0x1p-100f ? 0x1p64f : scale > 0x1p100f ? 0x1p-64f : 1.0f;
-      limit = scale * factor;
-      inverse = has_codes ? reciprocal(limit) : 0.0f;
+      inverse = has_codes ? reciprocal(scale * factor) * 0x1p-5f : 0.0f;
+      if (!has_codes) {
+        multiplier = 0.0f;
+        constant = 0x1.8p23f;
+      }
     }
-  }
-
-  // Clamps without clipping too: a subnormal scale may be rounded far down.
-  FLATQUANT_HOST_DEVICE float prepare(float value) const {
-    return has_codes ? fminf(fmaxf(value * factor, -8.0f * limit), 7.0f * limit) : 0.0f;
   }
 };
 
-// round_half_even(value * inverse) in the low bits: the FFMA rounds at the weight of 1 because
-// 1.5 * 2^23 has an ulp of 1.
-FLATQUANT_HOST_DEVICE uint32_t code_bits(float value, float inverse) {
-  return float_bits(fmaf(value, inverse, 0x1.8p23f));
+// a * b + c between 0 and 1; 0 if NaN.
+FLATQUANT_HOST_DEVICE float saturated_fma(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(result) : "f"(a), "f"(b), "f"(c));
+  return result;
+#else
+  const float result = fmaf(a, b, c);
+  return result > 0.0f ? result < 1.0f ? result : 1.0f : 0.0f;
+#endif
 }
 
-// Eight codes as one int4 word. With 8 added, codes are 0..15 and shifted sums do not borrow from
-// each other; flipping the top bit of each nibble takes the 8 off again.
-FLATQUANT_HOST_DEVICE uint32_t pack_int4(const float (&values)[8], float inverse) {
-  uint32_t pairs[4];
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define FLATQUANT_HAS_LANES 1  // clamps two 16-bit lanes in one instruction
+#else
+#define FLATQUANT_HAS_LANES 0
+#endif
+
+// round_half_even(value / scale) in the low bits: the FFMA rounds at the weight of 1 because
+// 1.5 * 2^23 has an ulp of 1. In -16..16 if saturated, in -8..7 if clamped here.
+template <Clamp clamp>
+FLATQUANT_HOST_DEVICE uint32_t code_bits(float value, const TokenScale& scale) {
+  const float code = clamp == Clamp::saturated
+                         ? fmaf(saturated_fma(value * scale.factor, scale.inverse, 0.5f),
+                                scale.multiplier, scale.constant)
+                         : fmaf(value, scale.inverse, 0x1.8p23f);
+  const uint32_t bits = float_bits(code);
+  if constexpr (clamp == Clamp::none || FLATQUANT_HAS_LANES) return bits;
+  constexpr uint32_t lowest = 0x4b400000u - 8u, highest = 0x4b400000u + 7u;
+  return bits < lowest ? lowest : bits > highest ? highest : bits;
+}
+
+#if FLATQUANT_HAS_LANES
+// Two codes plus 8, clamped to 0..15, in the halves of a word.
+__device__ __forceinline__ uint32_t clamped_lanes(uint32_t low, uint32_t high) {
+  return __viaddmin_s16x2_relu(__byte_perm(low, high, 0x5410), 0x00080008u, 0x000f000fu);
+}
+#endif
+
+// Eight codes as one int4 word.
+template <Clamp clamp>
+FLATQUANT_HOST_DEVICE uint32_t pack_int4(const float (&values)[8], const TokenScale& scale) {
+  uint32_t bits[8];
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
-  for (int i = 0; i < 4; ++i) {
-    pairs[i] = code_bits(values[2 * i], inverse) + (code_bits(values[2 * i + 1], inverse) << 4);
+  for (int i = 0; i < 8; ++i) bits[i] = code_bits<clamp>(values[i], scale);
+  // With 8 added, codes are 0..15 and shifted sums do not borrow from each other; flipping the top
+  // bit of each nibble takes the 8 off again.
+#if FLATQUANT_HAS_LANES
+  if constexpr (clamp != Clamp::none) {
+    const uint32_t sum =
+        clamped_lanes(bits[0], bits[4]) + (clamped_lanes(bits[1], bits[5]) << 4) +
+        ((clamped_lanes(bits[2], bits[6]) << 8) + (clamped_lanes(bits[3], bits[7]) << 12));
+    return sum ^ 0x88888888u;
   }
+#endif
+  const uint32_t pairs[4] = {bits[0] + (bits[1] << 4), bits[2] + (bits[3] << 4),
+                             bits[4] + (bits[5] << 4), bits[6] + (bits[7] << 4)};
   const uint32_t sum = pairs[0] + (pairs[1] << 8) + ((pairs[2] + (pairs[3] << 8)) << 16);
   // Each of the eight summands carried the bits of 1.5 * 2^23; the 8s are added in the same step.
   constexpr uint32_t bias = (0x4b400000u - 8u) * 0x11111111u;
@@ -119,16 +204,27 @@ FLATQUANT_HOST_DEVICE uint32_t pack_int4(const float (&values)[8], float inverse
 }
 
 // Four codes as one word of int8.
-FLATQUANT_HOST_DEVICE uint32_t pack_int8(const float (&values)[4], float inverse) {
-  return (code_bits(values[0], inverse) & 0xffu) | (code_bits(values[1], inverse) & 0xffu) << 8 |
-         (code_bits(values[2], inverse) & 0xffu) << 16 | code_bits(values[3], inverse) << 24;
+template <Clamp clamp>
+FLATQUANT_HOST_DEVICE uint32_t pack_int8(const float (&values)[4], const TokenScale& scale) {
+  uint32_t bits[4];
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#endif
+  for (int i = 0; i < 4; ++i) bits[i] = code_bits<clamp>(values[i], scale);
+#if FLATQUANT_HAS_LANES
+  if constexpr (clamp != Clamp::none) {
+    const uint32_t sum = clamped_lanes(bits[0], bits[2]) + (clamped_lanes(bits[1], bits[3]) << 8);
+    return (sum + 0x78787878u) ^ 0x80808080u;
+  }
+#endif
+  return (bits[0] & 0xffu) | (bits[1] & 0xffu) << 8 | (bits[2] & 0xffu) << 16 | bits[3] << 24;
 }
 
 // Four codes as one int4 half word, for what no full word covers.
-FLATQUANT_HOST_DEVICE uint16_t pack_int4(const float (&values)[4], float inverse) {
-  return static_cast<uint16_t>(
-      (code_bits(values[0], inverse) & 0xfu) | (code_bits(values[1], inverse) & 0xfu) << 4 |
-      (code_bits(values[2], inverse) & 0xfu) << 8 | (code_bits(values[3], inverse) & 0xfu) << 12);
+template <Clamp clamp>
+FLATQUANT_HOST_DEVICE uint16_t pack_int4(const float (&values)[4], const TokenScale& scale) {
+  const float eight[8] = {values[0], values[1], values[2], values[3]};
+  return static_cast<uint16_t>(pack_int4<clamp>(eight, scale));
 }
 
 }  // namespace flatquant

@@ -9,8 +9,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -18,6 +20,7 @@
 
 #include "cuda_check.h"
 #include "dispatch.h"
+#include "plain/launch.h"
 #include "problem.h"
 #include "simt/launch.h"
 #include "sm80/launch.h"
@@ -32,7 +35,8 @@ using torch::stable::Tensor;
 constexpr std::string_view compiled_architectures = FLATQUANT_CUDA_ARCHS;
 
 template <class Element>
-void launch_sm90(const Problem& problem, cudaStream_t stream) {
+void launch_sm90(const Problem& given, cudaStream_t stream) {
+  const Problem problem = sm90::regrouped(given);
   switch (sm90::shape_classes[sm90::find_shape_class(problem.rows, problem.cols)].row_tiles()) {
     case 1:
       return sm90::launch<Element, 1>(problem, stream);
@@ -66,22 +70,26 @@ void launch(std::string_view kernel, const Problem& problem, cudaStream_t stream
                                              : launch_sm80<__nv_bfloat16>(problem, stream);
     }
   }
-  STD_TORCH_CHECK(kernel == "simt", "flatquant: kernel '", std::string(kernel),
+  const bool is_plain = kernel == "plain";
+  STD_TORCH_CHECK(is_plain || kernel == "simt", "flatquant: kernel '", std::string(kernel),
                   "' is in the table and has no launcher");
   switch (problem.dtype) {
     case Dtype::float16:
-      return simt::launch<__half>(problem, stream);
+      return is_plain ? plain::launch<__half>(problem, stream)
+                      : simt::launch<__half>(problem, stream);
     case Dtype::bfloat16:
-      return simt::launch<__nv_bfloat16>(problem, stream);
+      return is_plain ? plain::launch<__nv_bfloat16>(problem, stream)
+                      : simt::launch<__nv_bfloat16>(problem, stream);
     case Dtype::float32:
-      return simt::launch<float>(problem, stream);
+      return is_plain ? plain::launch<float>(problem, stream)
+                      : simt::launch<float>(problem, stream);
   }
 }
 
-Dtype to_dtype(ScalarType type) {
+Dtype to_dtype(ScalarType type, const char* name = "input") {
   STD_TORCH_CHECK(
       type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Float,
-      "flatquant: input must be float16, bfloat16 or float32, got ", toString(type));
+      "flatquant: ", name, " must be float16, bfloat16 or float32, got ", toString(type));
   return type == ScalarType::Half       ? Dtype::float16
          : type == ScalarType::BFloat16 ? Dtype::bfloat16
                                         : Dtype::float32;
@@ -175,8 +183,9 @@ int current_compute_capability(const Problem& problem) {
 }
 
 std::string_view choose_kernel(const std::string& asked, const Problem& problem) {
+  const bool transforms = problem.left != nullptr || problem.right != nullptr;
   const Query query{current_compute_capability(problem), compiled_architectures, problem.dtype,
-                    problem.rows, problem.cols};
+                    transforms ? problem.rows : 0, transforms ? problem.cols : 0};
   for (const KernelEntry& kernel : kernel_table) {
     if (asked != "auto" && asked != kernel.name) continue;
     if (kernel.serves(query) && fits_memory(kernel.name, problem)) return kernel.name;
@@ -190,55 +199,146 @@ std::string_view choose_kernel(const std::string& asked, const Problem& problem)
                   names.empty() ? std::string("none but the reference (use_cuda=False)") : names);
 }
 
-std::tuple<Tensor, Tensor> dynamic_quantize(Tensor input, Tensor left_trans, Tensor right_trans,
-                                            double clip_ratio, bool pack_int32,
-                                            std::string kernel) {
+void run(const std::string& kernel, const Problem& problem, int32_t device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  launch(choose_kernel(kernel, problem), problem, static_cast<cudaStream_t>(stream));
+}
+
+// The problem without what is stored. A factor that is not there leaves its size to the other; with
+// neither, a token is one row.
+Problem make_problem(const Tensor& input, const Tensor* left_trans, const Tensor* right_trans,
+                     bool pack_int32) {
   STD_TORCH_CHECK(input.is_cuda() && input.dim() >= 1,
                   "flatquant: input must be a CUDA tensor of at least one dimension, got one of ",
                   input.dim(), " on ", device_name(input));
   const Dtype dtype = to_dtype(input.scalar_type());
-  const int64_t rows = check_factor(left_trans, input, "left_trans");
-  const int64_t cols = check_factor(right_trans, input, "right_trans");
   const int64_t features = input.size(-1);
+  STD_TORCH_CHECK(features >= 1 && features <= INT32_MAX,
+                  "flatquant: input must have 1 to 2^31 - 1 features, got ", features);
+  int64_t rows = left_trans ? check_factor(*left_trans, input, "left_trans") : 1;
+  int64_t cols = right_trans ? check_factor(*right_trans, input, "right_trans") : features / rows;
+  if (left_trans == nullptr) rows = features / cols;
   STD_TORCH_CHECK(features == rows * cols, "flatquant: input has ", features,
                   " features, the factors ", rows, " * ", cols);
   STD_TORCH_CHECK(!pack_int32 || features % 8 == 0,
                   "flatquant: pack_int32 needs features to be a multiple of 8, got ", features);
-  const float clip = static_cast<float>(clip_ratio);
-  STD_TORCH_CHECK(std::isfinite(clip) && clip > 0,
-                  "flatquant: clip_ratio must be finite and > 0 as float32, got ", clip_ratio);
-  const int64_t stride = token_stride(input);
+  Problem problem{};
+  problem.input = input.const_data_ptr();
+  problem.left = left_trans ? left_trans->const_data_ptr() : nullptr;
+  problem.right = right_trans ? right_trans->const_data_ptr() : nullptr;
+  problem.tokens = input.numel() / features;
+  problem.input_stride = token_stride(input);
+  problem.rows = static_cast<int>(rows);
+  problem.cols = static_cast<int>(cols);
+  problem.dtype = dtype;
+  problem.storage = pack_int32 ? Storage::int32 : Storage::int8;
+  return problem;
+}
 
+// Memory for one more output of the problem; the ratios are the caller's to set.
+std::pair<Tensor, Tensor> add_output(Problem& problem, const Tensor& input) {
+  const bool packed = problem.storage == Storage::int32;
+  const auto input_sizes = input.sizes();
+  std::vector<int64_t> sizes(input_sizes.begin(), input_sizes.end() - 1);
+  Tensor scales;
+  if (problem.output_count == 0) {
+    std::tie(scales, problem.counter) = empty_scales(input, sizes, problem.tokens);
+  } else {
+    scales = torch::stable::new_empty(input, sizes, ScalarType::Float);
+  }
+  sizes.push_back(packed ? input.size(-1) / 8 : input.size(-1));
+  Tensor codes =
+      torch::stable::new_empty(input, sizes, packed ? ScalarType::Int : ScalarType::Char);
+  Output& output = problem.outputs[problem.output_count++];
+  output.codes = codes.mutable_data_ptr();
+  output.scales = static_cast<float*>(scales.mutable_data_ptr());
+  return {codes, scales};
+}
+
+float to_ratio(double clip_ratio) {
+  const float ratio = static_cast<float>(clip_ratio);
+  STD_TORCH_CHECK(std::isfinite(ratio) && ratio > 0,
+                  "flatquant: clip_ratio must be finite and > 0 as float32, got ", clip_ratio);
+  return ratio;
+}
+
+const float* device_ratio(const Tensor& ratio, const Tensor& input) {
+  STD_TORCH_CHECK(ratio.is_cuda() && ratio.get_device_index() == input.get_device_index() &&
+                      ratio.scalar_type() == ScalarType::Float && ratio.numel() == 1,
+                  "flatquant: a clip ratio on the device must be one float32 on ",
+                  device_name(input), ", got ", ratio.numel(), " of ",
+                  toString(ratio.scalar_type()), " on ", device_name(ratio));
+  return static_cast<const float*>(ratio.const_data_ptr());
+}
+
+std::tuple<Tensor, Tensor> dynamic_quantize(Tensor input, Tensor left_trans, Tensor right_trans,
+                                            double clip_ratio, bool pack_int32,
+                                            std::string kernel) {
+  Problem problem = make_problem(input, &left_trans, &right_trans, pack_int32);
+  const float ratio = to_ratio(clip_ratio);
   const int32_t device = input.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-
-  const auto input_sizes = input.sizes();
-  std::vector<int64_t> scale_sizes(input_sizes.begin(), input_sizes.end() - 1);
-  std::vector<int64_t> code_sizes = scale_sizes;
-  code_sizes.push_back(pack_int32 ? features / 8 : features);
-  Tensor codes =
-      torch::stable::new_empty(input, code_sizes, pack_int32 ? ScalarType::Int : ScalarType::Char);
-  const int64_t tokens = features == 0 ? 0 : input.numel() / features;
-  const auto [scales, counter] = empty_scales(input, scale_sizes, tokens);
-  if (tokens == 0) return {codes, scales};
-
-  const Problem problem{input.const_data_ptr(),
-                        left_trans.const_data_ptr(),
-                        right_trans.const_data_ptr(),
-                        codes.mutable_data_ptr(),
-                        static_cast<float*>(scales.mutable_data_ptr()),
-                        tokens,
-                        stride,
-                        static_cast<int>(rows),
-                        static_cast<int>(cols),
-                        clip,
-                        dtype,
-                        pack_int32 ? Storage::int32 : Storage::int8,
-                        counter};
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  launch(choose_kernel(kernel, problem), problem, static_cast<cudaStream_t>(stream));
+  const auto [codes, scales] = add_output(problem, input);
+  problem.outputs[0].max_ratio = problem.outputs[0].min_ratio = ratio;
+  if (problem.tokens > 0) run(kernel, problem, device);
   return {codes, scales};
+}
+
+std::vector<Tensor> dynamic_quantize_many(Tensor input, std::optional<Tensor> left_trans,
+                                          std::optional<Tensor> right_trans,
+                                          std::vector<double> clip_ratios,
+                                          std::vector<Tensor> device_clip_ratios, bool pack_int32,
+                                          std::string kernel) {
+  Problem problem = make_problem(input, left_trans ? &*left_trans : nullptr,
+                                 right_trans ? &*right_trans : nullptr, pack_int32);
+  const size_t ratios = clip_ratios.size();
+  STD_TORCH_CHECK(ratios % 2 == 0 && ratios >= 2 && ratios <= 2 * max_outputs,
+                  "flatquant: clip_ratios must hold 1 to ", max_outputs, " pairs, got ", ratios,
+                  " numbers");
+  const size_t on_device = std::count(clip_ratios.begin(), clip_ratios.end(), 0.0);
+  STD_TORCH_CHECK(device_clip_ratios.size() == on_device,
+                  "flatquant: device_clip_ratios must hold one for each 0 in clip_ratios, ",
+                  on_device, ", got ", device_clip_ratios.size());
+  const int32_t device = input.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  auto next = device_clip_ratios.begin();
+  std::vector<Tensor> results;
+  for (size_t i = 0; i < ratios; i += 2) {
+    auto [codes, scales] = add_output(problem, input);
+    results.push_back(codes);
+    results.push_back(scales);
+    Output& output = problem.outputs[i / 2];
+    const auto set = [&](double clip_ratio, float& ratio, const float*& pointer) {
+      if (clip_ratio == 0.0) {
+        pointer = device_ratio(*next++, input);
+      } else {
+        ratio = to_ratio(clip_ratio);
+      }
+    };
+    set(clip_ratios[i], output.max_ratio, output.device_max_ratio);
+    set(clip_ratios[i + 1], output.min_ratio, output.device_min_ratio);
+  }
+  if (problem.tokens > 0) run(kernel, problem, device);
+  return results;
+}
+
+Tensor kronecker_transform(Tensor input, std::optional<Tensor> left_trans,
+                           std::optional<Tensor> right_trans, ScalarType out_dtype,
+                           std::string kernel) {
+  Problem problem = make_problem(input, left_trans ? &*left_trans : nullptr,
+                                 right_trans ? &*right_trans : nullptr, false);
+  STD_TORCH_CHECK(left_trans || right_trans,
+                  "flatquant: left_trans and right_trans must not both be None, got None, None");
+  problem.transformed_dtype = to_dtype(out_dtype, "out_dtype");
+  const int32_t device = input.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const auto sizes = input.sizes();
+  Tensor result =
+      torch::stable::new_empty(input, std::vector<int64_t>(sizes.begin(), sizes.end()), out_dtype);
+  problem.transformed = result.mutable_data_ptr();
+  if (problem.tokens > 0) run(kernel, problem, device);
+  return result;
 }
 
 std::string kernel_names_op(int64_t rows, int64_t cols, ScalarType dtype,
@@ -256,12 +356,21 @@ STABLE_TORCH_LIBRARY(flatquant, m) {
   m.def(
       "dynamic_quantize(Tensor input, Tensor left_trans, Tensor right_trans, "
       "float clip_ratio=1.0, bool pack_int32=False, str kernel_name=\"auto\") -> (Tensor, Tensor)");
+  m.def(
+      "dynamic_quantize_many(Tensor input, Tensor? left_trans, Tensor? right_trans, "
+      "float[] clip_ratios, Tensor[] device_clip_ratios, bool pack_int32=False, "
+      "str kernel_name=\"auto\") -> Tensor[]");
+  m.def(
+      "kronecker_transform(Tensor input, Tensor? left_trans, Tensor? right_trans, "
+      "ScalarType out_dtype, str kernel_name=\"auto\") -> Tensor");
   m.def("kernel_names(int M, int N, ScalarType dtype, int compute_capability) -> str");
   m.def("cuda_archs() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flatquant, CUDA, m) {
   m.impl("dynamic_quantize", TORCH_BOX(&dynamic_quantize));
+  m.impl("dynamic_quantize_many", TORCH_BOX(&dynamic_quantize_many));
+  m.impl("kronecker_transform", TORCH_BOX(&kronecker_transform));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flatquant, CompositeExplicitAutograd, m) {

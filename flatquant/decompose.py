@@ -20,7 +20,7 @@ def get_decompose_dim(n: int) -> tuple[int, int]:
         if isinstance(n, bool):
             raise TypeError
         n = operator.index(n)
-    except TypeError:
+    except (TypeError, RuntimeError):  # of a tensor without data, torch raises the latter
         raise TypeError(f"n must be an integer, got {n!r} of type {type(n).__name__}") from None
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")

@@ -1,11 +1,24 @@
 """The public functions: they check their arguments, what they call trusts them."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import DTYPES, check_flag, check_problem, check_tensor, row_stride
-from ._library import EXTENSION_LOADED, LOAD_ERROR
+from ._checks import (
+    DTYPES,
+    ClipPair,
+    check_clip_ratio,
+    check_flag,
+    check_out_dtype,
+    check_problem,
+    check_tensor,
+    check_transform,
+    row_stride,
+)
+from ._checks import ClipRatio as ClipRatio
+from ._library import EXTENSION_LOADED, LOAD_ERROR, MAX_OUTPUTS
 from .packing import unpack_int4
 
 #: The compiled extension is loaded and torch sees a CUDA device.
@@ -16,13 +29,15 @@ CUDA_AVAILABLE: bool = EXTENSION_LOADED and torch.cuda.is_available()
 _ALIGNMENT = {"sm90": 16}
 
 _dynamic_quantize = torch.ops.flatquant.dynamic_quantize.default
+_dynamic_quantize_many = torch.ops.flatquant.dynamic_quantize_many.default
+_kronecker_transform = torch.ops.flatquant.kronecker_transform.default
 
 
 def flatquant_dynamic_quantize(
     input_tensor: Tensor,
-    left_trans: Tensor,
-    right_trans: Tensor,
-    clip_ratio: float = 1.0,
+    left_trans: Tensor | None,
+    right_trans: Tensor | None,
+    clip_ratio: ClipRatio = 1.0,
     pack_int32: bool = False,
     use_cuda: bool = True,
     *,
@@ -40,12 +55,22 @@ def flatquant_dynamic_quantize(
     arXiv:2410.09426). A token of zeros gets codes 0 and scale 1; one whose Y holds NaN or Inf gets
     codes 0 and scale NaN or +Inf. There is no gradient. torch.autocast casts no argument.
 
+    FlatQuant's learned clipping has a ratio for either side, as in ``clip_ratio=(0.9, 0.8)``::
+
+        scale = max(max_ratio * max(Y, 0), min_ratio * max(-Y, 0)) / 7
+
     Args:
         input_tensor: ``[..., features]``, ``features = M * N``, float16, bfloat16 or float32. The
             rows may be strided, as in a slice of a wider tensor; they are read without a copy.
-        left_trans: ``[M, M]``, contiguous, dtype and device of the input.
-        right_trans: ``[N, N]``, contiguous, dtype and device of the input.
-        clip_ratio: share of max|Y| that the largest code stands for; finite, > 0.
+        left_trans: ``[M, M]``, contiguous, dtype and device of the input; None: ``Y = X @
+            right_trans``.
+        right_trans: ``[N, N]``, contiguous, dtype and device of the input; None: ``Y =
+            left_trans^T @ X``. Without either factor Y is X, of any number of features.
+        clip_ratio: share of max|Y| that the largest code stands for, or a tuple of the shares of
+            the largest value and of the smallest. Each is a number, finite and > 0; or one
+            float32 in a tensor on the input's device, which the kernel reads: the call waits for
+            nothing, and a CUDA graph follows it. Its value is not checked: if it is not finite
+            and > 0, the token's codes and scale are unspecified.
         pack_int32: pack eight codes into one int32 word, element 8i+j in bits 4j..4j+3 of word i;
             ``features`` must be a multiple of 8.
         use_cuda: run a CUDA kernel on CUDA tensors; False runs the reference in plain PyTorch on
@@ -63,42 +88,156 @@ def flatquant_dynamic_quantize(
         NotImplementedError: a tensor requires a gradient while gradients are recorded.
         RuntimeError: ``use_cuda=True`` without the compiled extension, or a CUDA error.
     """
-    check_problem(input_tensor, left_trans, right_trans, clip_ratio, pack_int32)
-    check_flag("use_cuda", use_cuda)
-    if torch.is_grad_enabled() and (
-        input_tensor.requires_grad or left_trans.requires_grad or right_trans.requires_grad
-    ):
-        _refuse_gradients(input_tensor, left_trans, right_trans)
-    if type(clip_ratio) is not float:
-        clip_ratio = float(clip_ratio)
-    if not isinstance(kernel, str):
-        raise TypeError(f"kernel must be a str, got {kernel!r} of type {type(kernel).__name__}")
-    if not use_cuda or kernel == "reference":
-        if kernel not in ("auto", "reference"):
-            raise ValueError(
-                f"kernel must be 'auto' or 'reference' with use_cuda=False, got {kernel!r}"
-            )
-        return reference.dynamic_quantize(
-            input_tensor, left_trans, right_trans, clip_ratio, pack_int32
-        )
-    if input_tensor.device.type != "cuda":
-        raise ValueError(
-            f"input_tensor must be on a CUDA device with use_cuda=True, got {input_tensor.device}: "
-            "move the tensors to CUDA, or pass use_cuda=False to run the reference"
-        )
-    if not EXTENSION_LOADED:
-        raise RuntimeError(
-            f"use_cuda=True needs flatquant's compiled extension, which is not loaded: "
-            f"{LOAD_ERROR}. Build it with ./scripts/build.sh in a checkout, or pip install a wheel "
-            "that holds it; use_cuda=False runs the reference"
-        )
-    # While torch.compile traces, the operator itself is left to refuse an unfit kernel.
-    if kernel != "auto" and not torch.compiler.is_compiling():
-        _check_kernel(kernel, input_tensor, left_trans, right_trans)
+    M, N = check_problem(input_tensor, left_trans, right_trans, pack_int32)
+    pair = check_clip_ratio("clip_ratio", clip_ratio, input_tensor.device)
+    _refuse_gradients(input_tensor, left_trans, right_trans, {"clip_ratio": clip_ratio})
+    if _runs_reference(use_cuda, kernel, input_tensor, left_trans, right_trans, M, N):
+        return reference.dynamic_quantize(input_tensor, left_trans, right_trans, pair, pack_int32)
+    if left_trans is None or right_trans is None or isinstance(clip_ratio, (tuple, Tensor)):
+        return _run_many(input_tensor, left_trans, right_trans, [pair], pack_int32, kernel)[0]
     result: tuple[Tensor, Tensor] = _dynamic_quantize(
-        input_tensor, left_trans, right_trans, clip_ratio, pack_int32, kernel
+        input_tensor, left_trans, right_trans, pair[0], pack_int32, kernel
     )
     return result
+
+
+def flatquant_dynamic_quantize_many(
+    input_tensor: Tensor,
+    left_trans: Tensor | None,
+    right_trans: Tensor | None,
+    clip_ratios: Sequence[ClipRatio],
+    pack_int32: bool = False,
+    use_cuda: bool = True,
+    *,
+    kernel: str = "auto",
+) -> list[tuple[Tensor, Tensor]]:
+    """Quantise one transform of each token with several clip ratios: one read of the input.
+
+    The inputs of a model's q, k and v projections, and of its gate and up, share their transform
+    and differ in what FlatQuant has learned to clip.
+
+    Args:
+        clip_ratios: as ``clip_ratio`` of :func:`flatquant_dynamic_quantize`, one or more:
+            ``(0.9, 0.8)`` is two outputs, not one of a pair. One kernel serves up to 8 different
+            ones, more take further calls of it.
+        input_tensor, left_trans, right_trans, pack_int32, use_cuda, kernel: as there.
+
+    Returns:
+        ``(quantized, scales)`` as there for each clip ratio. Equal ones, which are equal numbers or
+        the same tensors, share one result: the same two tensors are then at both places.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError, RuntimeError: as there; ValueError for no clip
+            ratio.
+    """
+    M, N = check_problem(input_tensor, left_trans, right_trans, pack_int32)
+    if not isinstance(clip_ratios, (list, tuple)):
+        raise TypeError(
+            f"clip_ratios must be a list or tuple, got {clip_ratios!r} "
+            f"of type {type(clip_ratios).__name__}"
+        )
+    if len(clip_ratios) == 0:
+        raise ValueError("clip_ratios must hold at least one clip ratio, got none")
+    named = {f"clip_ratios[{i}]": clip_ratio for i, clip_ratio in enumerate(clip_ratios)}
+    pairs: list[ClipPair] = []  # the different ones
+    places = []
+    for name, clip_ratio in named.items():
+        pair = check_clip_ratio(name, clip_ratio, input_tensor.device)
+        place = 0
+        while place < len(pairs) and not _are_same(pair, pairs[place]):
+            place += 1
+        if place == len(pairs):
+            pairs.append(pair)
+        places.append(place)
+    _refuse_gradients(input_tensor, left_trans, right_trans, named)
+    if _runs_reference(use_cuda, kernel, input_tensor, left_trans, right_trans, M, N):
+        outputs = reference.dynamic_quantize_many(
+            input_tensor, left_trans, right_trans, pairs, pack_int32
+        )
+    else:
+        outputs = _run_many(input_tensor, left_trans, right_trans, pairs, pack_int32, kernel)
+    return [outputs[place] for place in places]
+
+
+def kronecker_transform(
+    input_tensor: Tensor,
+    left_trans: Tensor | None,
+    right_trans: Tensor | None,
+    out_dtype: torch.dtype | None = None,
+    use_cuda: bool = True,
+    *,
+    kernel: str = "auto",
+) -> Tensor:
+    """The transform alone: ``Y = left_trans^T @ X @ right_trans`` of each token, rounded once.
+
+    By the kernels that quantise, with their sums in float32. For 16-bit inputs the intermediate
+    between the two products is rounded as in quantising, so Y is what is quantised there. With one
+    factor there is no intermediate.
+
+    Args:
+        input_tensor, use_cuda, kernel: as in :func:`flatquant_dynamic_quantize`.
+        left_trans, right_trans: as there, but one of them must be given.
+        out_dtype: float16, bfloat16 or float32; the input's dtype by default. Values past the
+            largest float16 become Inf.
+
+    Returns:
+        Y, ``[..., features]``, contiguous.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError, RuntimeError: as in
+            :func:`flatquant_dynamic_quantize`.
+    """
+    if out_dtype is None and isinstance(input_tensor, Tensor):
+        out_dtype = input_tensor.dtype
+    M, N = check_transform(input_tensor, left_trans, right_trans, out_dtype)
+    _refuse_gradients(input_tensor, left_trans, right_trans)
+    if _runs_reference(use_cuda, kernel, input_tensor, left_trans, right_trans, M, N):
+        return reference.transform(input_tensor, left_trans, right_trans).to(out_dtype)
+    result: Tensor = _kronecker_transform(input_tensor, left_trans, right_trans, out_dtype, kernel)
+    return result
+
+
+def fake_quantize(
+    input_tensor: Tensor,
+    left_trans: Tensor | None,
+    right_trans: Tensor | None,
+    clip_ratio: ClipRatio = 1.0,
+    *,
+    invert: bool = False,
+    out_dtype: torch.dtype | None = None,
+    use_cuda: bool = True,
+    kernel: str = "auto",
+) -> Tensor:
+    """Transform, quantise and dequantise: what int4 leaves of the input, for evaluation.
+
+    Args:
+        input_tensor, left_trans, right_trans, clip_ratio, use_cuda, kernel: as in
+            :func:`flatquant_dynamic_quantize`.
+        invert: undo the transform afterwards, so that the result is near the input, not near Y.
+            PyTorch inverts the factors in float64 and applies them in float32; on CUDA that waits
+            for the device.
+        out_dtype: float16, bfloat16 or float32; the input's dtype by default.
+
+    Returns:
+        ``[..., features]``. All NaN for a token whose scale is NaN or Inf.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError, RuntimeError: as there; ValueError for a factor
+            that has no inverse if one is asked for.
+    """
+    check_flag("invert", invert)
+    if out_dtype is not None:
+        check_out_dtype(out_dtype)
+    quantized, scales = flatquant_dynamic_quantize(
+        input_tensor, left_trans, right_trans, clip_ratio, use_cuda=use_cuda, kernel=kernel
+    )
+    values = dequantize_int4(quantized, scales)
+    if invert:
+        # X = left^-T @ Y @ right^-1
+        values = reference.transform(
+            values, _inverse("left_trans", left_trans), _inverse("right_trans", right_trans)
+        )
+    return values.to(input_tensor.dtype if out_dtype is None else out_dtype)
 
 
 def dequantize_int4(
@@ -153,8 +292,9 @@ def available_kernels(
     """The kernels that can serve factors [M, M] and [N, N] on a device, best first.
 
     Args:
-        M: size of the left factor, >= 1.
-        N: size of the right factor, >= 1.
+        M: size of the left factor, >= 1; if it is missing, features / N.
+        N: size of the right factor, >= 1; if it is missing, features / M. M = N = 0 asks for the
+            kernels without either factor.
         dtype: float16, bfloat16 or float32.
         device: the current CUDA device by default, the CPU if ``CUDA_AVAILABLE`` is False.
 
@@ -163,12 +303,12 @@ def available_kernels(
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: M or N < 1, or a device that does not exist.
+        ValueError: M or N < 1 but not both 0, or a device that does not exist.
     """
     for name, size in (("M", M), ("N", N)):
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(f"{name} must be an int, got {size!r} of type {type(size).__name__}")
-        if size < 1:
+        if size < 1 and not (M == 0 and N == 0):
             raise ValueError(f"{name} must be at least 1, got {size}")
     if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
         raise TypeError(f"dtype must be torch.float16, bfloat16 or float32, got {dtype!r}")
@@ -177,7 +317,7 @@ def available_kernels(
     device = _as_device(device)
     if device.type != "cuda" or not CUDA_AVAILABLE:
         return ["reference"]
-    if (device.index or 0) >= torch.cuda.device_count():
+    if not 0 <= (device.index or 0) < torch.cuda.device_count():
         raise ValueError(f"device must be one of {torch.cuda.device_count()}, got {device}")
     if max(M, N) >= 2**31:  # more than the operator's integers hold, or any kernel serves
         return ["reference"]
@@ -193,24 +333,125 @@ def _as_device(device: torch.device | str | int) -> torch.device:
             f"of type {type(device).__name__}"
         )
     try:
-        return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        named = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        if isinstance(device, int) and named.index != device:  # torch keeps eight bits
+            raise ValueError("there is no such index")
+        return named
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"device must name a device of torch, got {device!r}: {error}") from None
 
 
-def _refuse_gradients(*tensors: Tensor) -> None:
-    names = ("input_tensor", "left_trans", "right_trans")
-    wrong = [name for name, tensor in zip(names, tensors, strict=True) if tensor.requires_grad]
-    raise NotImplementedError(
-        f"{' and '.join(wrong)} must not require a gradient, for quantising has none: "
-        f"call under torch.no_grad(), or pass {wrong[0]}.detach()"
+def _are_same(a: ClipPair, b: ClipPair) -> bool:
+    # Tensors by identity: comparing values would wait for the device.
+    return all(
+        x is y if isinstance(x, Tensor) or isinstance(y, Tensor) else x == y
+        for x, y in zip(a, b, strict=True)
     )
 
 
-def _check_kernel(
-    kernel: str, input_tensor: Tensor, left_trans: Tensor, right_trans: Tensor
+def _inverse(name: str, factor: Tensor | None) -> Tensor | None:
+    try:
+        return None if factor is None else torch.linalg.inv(factor.double())
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ValueError(f"{name} must have an inverse with invert=True: {error}") from None
+
+
+def _refuse_gradients(
+    input_tensor: Tensor,
+    left_trans: Tensor | None,
+    right_trans: Tensor | None,
+    clip_ratios: Mapping[str, ClipRatio] | None = None,
 ) -> None:
-    M, N = left_trans.shape[0], right_trans.shape[0]
+    if not torch.is_grad_enabled():
+        return
+    arguments: dict[str, object] = {
+        "input_tensor": input_tensor,
+        "left_trans": left_trans,
+        "right_trans": right_trans,
+    }
+    for name, clip_ratio in (clip_ratios or {}).items():
+        if isinstance(clip_ratio, tuple):
+            arguments[f"{name}[0]"], arguments[f"{name}[1]"] = clip_ratio
+        else:
+            arguments[name] = clip_ratio
+    wrong = [
+        name
+        for name, value in arguments.items()
+        if isinstance(value, Tensor) and value.requires_grad
+    ]
+    if wrong:
+        raise NotImplementedError(
+            f"{' and '.join(wrong)} must not require a gradient, for there is none: "
+            f"call under torch.no_grad(), or pass {wrong[0]}.detach()"
+        )
+
+
+def _runs_reference(
+    use_cuda: bool,
+    kernel: str,
+    input_tensor: Tensor,
+    left_trans: Tensor | None,
+    right_trans: Tensor | None,
+    M: int,
+    N: int,
+) -> bool:
+    """Whether the reference is asked for; if not, an operator can run, or this raises."""
+    check_flag("use_cuda", use_cuda)
+    if not isinstance(kernel, str):
+        raise TypeError(f"kernel must be a str, got {kernel!r} of type {type(kernel).__name__}")
+    if not use_cuda or kernel == "reference":
+        if kernel not in ("auto", "reference"):
+            raise ValueError(
+                f"kernel must be 'auto' or 'reference' with use_cuda=False, got {kernel!r}"
+            )
+        return True
+    if input_tensor.device.type != "cuda":
+        raise ValueError(
+            f"input_tensor must be on a CUDA device with use_cuda=True, got {input_tensor.device}: "
+            "move the tensors to CUDA, or pass use_cuda=False to run the reference"
+        )
+    if not EXTENSION_LOADED:
+        raise RuntimeError(
+            f"use_cuda=True needs flatquant's compiled extension, which is not loaded: "
+            f"{LOAD_ERROR}. Build it with ./scripts/build.sh in a checkout, or pip install a wheel "
+            "that holds it; use_cuda=False runs the reference"
+        )
+    # While torch.compile traces, the operator itself is left to refuse an unfit kernel.
+    if kernel != "auto" and not torch.compiler.is_compiling():
+        _check_kernel(kernel, input_tensor, left_trans, right_trans, M, N)
+    return False
+
+
+def _run_many(
+    input_tensor: Tensor,
+    left_trans: Tensor | None,
+    right_trans: Tensor | None,
+    pairs: Sequence[ClipPair],
+    pack_int32: bool,
+    kernel: str,
+) -> list[tuple[Tensor, Tensor]]:
+    """The operator, as often as its largest number of outputs needs."""
+    outputs: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(pairs), MAX_OUTPUTS):
+        ratios = [ratio for pair in pairs[start : start + MAX_OUTPUTS] for ratio in pair]
+        # Of a ratio on the device, 0 keeps the place.
+        numbers = [0.0 if isinstance(ratio, Tensor) else ratio for ratio in ratios]
+        on_device = [ratio for ratio in ratios if isinstance(ratio, Tensor)]
+        flat = _dynamic_quantize_many(
+            input_tensor, left_trans, right_trans, numbers, on_device, pack_int32, kernel
+        )
+        outputs += zip(flat[::2], flat[1::2], strict=True)
+    return outputs
+
+
+def _check_kernel(
+    kernel: str,
+    input_tensor: Tensor,
+    left_trans: Tensor | None,
+    right_trans: Tensor | None,
+    M: int,
+    N: int,
+) -> None:
     names = available_kernels(M, N, input_tensor.dtype, input_tensor.device)
     if kernel not in names:
         raise ValueError(
@@ -228,7 +469,7 @@ def _check_kernel(
             "from token to token: call .contiguous() or .clone(), or pass kernel='auto'"
         )
     for name, factor in (("left_trans", left_trans), ("right_trans", right_trans)):
-        if factor.data_ptr() % alignment != 0:
+        if factor is not None and factor.data_ptr() % alignment != 0:
             raise ValueError(
                 f"kernel={kernel!r} needs {name} aligned to {alignment} bytes, got an address "
                 f"{factor.data_ptr() % alignment} bytes off: call .clone(), or pass kernel='auto'"

@@ -62,7 +62,9 @@ def save(path: Path, inputs: Sequence[LinearInput]) -> None:
 
 def random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
     """A random orthogonal matrix [size, size], float64: the QR of a Gaussian one, signs fixed."""
-    gaussian = torch.randn(size, size, dtype=torch.float64, generator=generator)
+    gaussian = torch.randn(
+        size, size, dtype=torch.float64, device=generator.device, generator=generator
+    )
     q, r = torch.linalg.qr(gaussian)
     rotation: Tensor = q * r.diagonal().sign()
     return rotation.contiguous()  # LAPACK's results are column-major

@@ -1,12 +1,41 @@
 // Checks sm80::Plan (csrc/sm80/config.h) for every size on GPUs with 99, 163 and 227 KiB of shared
-// memory for a block; prints what does not fit and counts the plans.
+// memory for a block, and plain::Plan (csrc/plain/config.h) for features to 70,000; prints what
+// does not fit and counts the plans.
 #include <cstdio>
+#include <initializer_list>
 
+#include "plain/config.h"
 #include "sm80/config.h"
 
-using namespace flatquant::sm80;
+int check_plain() {
+  using namespace flatquant::plain;
+  int plans = 0;
+  for (int i = 1; i <= 70100; ++i) {
+    const int features = i <= 70000 ? i : INT32_MAX - 977 * (i - 70001);  // and the largest
+    for (const int element_size : {2, 4}) {
+      for (const int64_t all_tokens : {int64_t{1}, few_tokens, few_tokens + 1}) {
+        ++plans;
+        const Plan plan(features, all_tokens, element_size);
+        const int64_t chunk = 8 * thread_octets(element_size) * plan.token_threads;
+        const bool whole_warps = plan.token_threads > 0 && plan.token_threads % 32 == 0 &&
+                                 plan.tokens * plan.token_threads <= max_threads;
+        // A block that synchronises has one token.
+        const bool alone = plan.tokens == 1 || plan.token_threads == 32;
+        const bool covers = plan.chunks * chunk >= features && (plan.chunks - 1) * chunk < features;
+        const bool reads_once =
+            features > max_threads * thread_bytes / element_size || plan.chunks == 1;
+        if (!whole_warps || !alone || !covers || !reads_once) {
+          std::printf("plain, %d features of %d bytes: warps %d, alone %d, covers %d, once %d\n",
+                      features, element_size, whole_warps, alone, covers, reads_once);
+        }
+      }
+    }
+  }
+  return plans;
+}
 
-int main() {
+int check_sm80() {
+  using namespace flatquant::sm80;
   int plans = 0;
   const int kibibytes[] = {99, 163, 227};
   for (const int limit : kibibytes) {
@@ -26,5 +55,7 @@ int main() {
       }
     }
   }
-  std::printf("%d plans\n", plans);
+  return plans;
 }
+
+int main() { std::printf("sm80 %d, plain %d plans\n", check_sm80(), check_plain()); }

@@ -1,4 +1,4 @@
-"""Compiles the simt kernel's source with NVRTC of CUDA 12, for GPUs that CUDA 13 has forgotten.
+"""Compiles the simt and plain kernels with NVRTC of CUDA 12, for GPUs that CUDA 13 has forgotten.
 
     python tests/simt_nvrtc.py simt.ptx              # PTX for compute_60
     FLATQUANT_SIMT_PTX=simt.ptx python -m pytest tests/test_old_gpus.py
@@ -16,9 +16,15 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 
-# The kernel for each dtype; and how it cuts a problem, which the host must know to launch it.
+# The kernels for each dtype; and how simt cuts a problem, which the host must know to launch it.
 SOURCE = """
+#include "plain/kernel.cuh"
 #include "simt/kernel.cuh"
+namespace flatquant::plain {
+template __global__ void kernel<__half>(Problem, int);
+template __global__ void kernel<__nv_bfloat16>(Problem, int);
+template __global__ void kernel<float>(Problem, int);
+}
 namespace flatquant::simt {
 template __global__ void kernel<__half>(Problem, Plan);
 template __global__ void kernel<__nv_bfloat16>(Problem, Plan);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ from flatquant import (
     _library,
     available_kernels,
     dequantize_int4,
+    fake_quantize,
     flatquant_dynamic_quantize,
+    flatquant_dynamic_quantize_many,
+    kronecker_transform,
     ops,
     reference,
 )
@@ -149,16 +153,18 @@ def test_the_cpu_has_the_reference_only() -> None:
         assert available_kernels(64, 64, dtype, "cpu") == ["reference"]
         assert available_kernels(64, 64, dtype, torch.device("cpu")) == ["reference"]
         assert available_kernels(64, 64, dtype)[-1] == "reference"
+        assert available_kernels(0, 0, dtype, "cpu") == ["reference"]
 
 
 # ---------------------------------------------------------------------------------- what it refuses
 
 X, LEFT, RIGHT = random_problem(4, 6, 3, torch.float16)
 
+NO_RATIO = "must be a real number, a float32 tensor or a tuple of two such, "
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     # changed arguments, error, what the message says: the argument, what it was, what it must be
     ({"input_tensor": [1.0]}, TypeError, "input_tensor must be a torch.Tensor, got list"),
-    ({"left_trans": None}, TypeError, "left_trans must be a torch.Tensor, got NoneType"),
+    ({"left_trans": 1.0}, TypeError, "left_trans must be a torch.Tensor, got float"),
     ({"right_trans": 3}, TypeError, "right_trans must be a torch.Tensor, got int"),
     (
         {"input_tensor": X.double()},
@@ -220,14 +226,76 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"clip_ratio": math.inf}, ValueError, "clip_ratio must be finite and > 0 in float32, got inf"),
     ({"clip_ratio": 1e39}, ValueError, "clip_ratio must be finite and > 0 in float32, got 1e+39"),
     ({"clip_ratio": 1e-46}, ValueError, "clip_ratio must be finite and > 0 in float32, got 1e-46"),
-    ({"clip_ratio": True}, TypeError, "clip_ratio must be a real number, got True of type bool"),
-    ({"clip_ratio": "1"}, TypeError, "clip_ratio must be a real number, got '1' of type str"),
-    ({"clip_ratio": 1j}, TypeError, "clip_ratio must be a real number, got 1j of type complex"),
-    ({"clip_ratio": X[0, 0]}, TypeError, "clip_ratio must be a real number, got tensor("),
+    ({"clip_ratio": True}, TypeError, "clip_ratio " + NO_RATIO + "got True of type bool"),
+    ({"clip_ratio": "1"}, TypeError, "clip_ratio " + NO_RATIO + "got '1' of type str"),
+    ({"clip_ratio": 1j}, TypeError, "clip_ratio " + NO_RATIO + "got 1j of type complex"),
+    (
+        {"clip_ratio": X[0, 0]},
+        TypeError,
+        "clip_ratio must hold one torch.float32 where it is a tensor, "
+        "got torch.float16 of shape ()",
+    ),
+    ({"clip_ratio": torch.ones(2)}, ValueError, "got torch.float32 of shape (2,)"),
+    (
+        {"clip_ratio": torch.ones((), device="meta")},
+        ValueError,
+        "clip_ratio must be on the device of input_tensor, cpu, got meta",
+    ),
+    (
+        {"clip_ratio": torch.ones(1).to_sparse()},
+        TypeError,
+        "clip_ratio must be a dense (torch.strided) tensor, got a torch.sparse_coo one",
+    ),
+    (
+        {"clip_ratio": (1.0, torch.nn.Parameter(torch.ones(1)))},
+        NotImplementedError,
+        "[1] must not require a gradient, for there is none",
+    ),
+    (
+        {"clip_ratio": torch.nn.Parameter(torch.ones(()))},
+        NotImplementedError,
+        "must not require a gradient, for there is none",
+    ),
+    ({"clip_ratio": [1.0, 0.9]}, TypeError, "clip_ratio " + NO_RATIO + "got [1.0, 0.9]"),
+    ({"clip_ratio": (1.0, 0)}, ValueError, "clip_ratio must be finite and > 0 in float32, got 0"),
+    ({"clip_ratio": (math.nan, 1)}, ValueError, "clip_ratio must be finite and > 0 in float32"),
+    ({"clip_ratio": (1, "1")}, TypeError, "clip_ratio " + NO_RATIO + "got '1'"),
+    (
+        {"clip_ratio": (1.0,)},
+        ValueError,
+        "clip_ratio must be one ratio or the pair (max side, min side), got 1",
+    ),
+    (
+        {"left_trans": None, "input_tensor": X[:, :23]},
+        ValueError,
+        "input_tensor must have a multiple of 6 features in its last dimension, at least 6, "
+        "from right_trans [6, 6], got shape (3, 23)",
+    ),
+    (
+        {"right_trans": None, "input_tensor": X[:, :0]},
+        ValueError,
+        "must have a multiple of 4 features in its last dimension, at least 4, "
+        "from left_trans [4, 4], got shape (3, 0)",
+    ),
+    (
+        {"left_trans": None, "right_trans": None, "input_tensor": X[:, :0]},
+        ValueError,
+        "must have at least one feature in its last dimension, got shape (3, 0)",
+    ),
+    (
+        {"left_trans": None, "right_trans": None, "input_tensor": X[0, 0]},
+        ValueError,
+        "must have at least one feature in its last dimension, got shape ()",
+    ),
+    (
+        {"left_trans": None, "input_tensor": X[:, :12].clone(), "pack_int32": True},
+        ValueError,
+        "pack_int32=True needs features that are a multiple of 8, got 12",
+    ),
     (
         {"input_tensor": X[:, :12].clone(), "left_trans": LEFT[:2, :2].clone(), "pack_int32": True},
         ValueError,
-        "pack_int32=True needs features that are a multiple of 8, got 2 * 6 = 12",
+        "pack_int32=True needs features that are a multiple of 8, got 12",
     ),
     (
         {"input_tensor": X.to_sparse()},
@@ -242,7 +310,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"right_trans": torch.nn.Parameter(RIGHT), "left_trans": torch.nn.Parameter(LEFT)},
         NotImplementedError,
-        "left_trans and right_trans must not require a gradient, for quantising has none: "
+        "left_trans and right_trans must not require a gradient, for there is none: "
         "call under torch.no_grad(), or pass left_trans.detach()",
     ),
     ({"pack_int32": 1}, TypeError, "pack_int32 must be a bool, got 1 of type int"),
@@ -271,6 +339,85 @@ def test_a_wrong_argument_is_named_with_what_it_was_and_must_be(
     flatquant_dynamic_quantize(**arguments)
     with pytest.raises(error, match=re.escape(message)):
         flatquant_dynamic_quantize(**{**arguments, **changed})
+
+
+def refused_by_others() -> Iterator[Any]:
+    """The cases of REFUSED for the functions that have all of the arguments changed."""
+    for changed, error, message in REFUSED:
+        if "pack_int32" not in changed:
+            yield fake_quantize, changed, error, message
+            without_factors = {"left_trans", "right_trans"} <= {
+                k for k in changed if changed[k] is None
+            }
+            if "clip_ratio" not in changed and not without_factors:
+                yield kronecker_transform, changed, error, message
+        many = {"clip_ratios": [1.0], **changed}
+        if "clip_ratio" in changed:
+            # The second is the wrong one, and is named.
+            many["clip_ratios"] = [1.0, many.pop("clip_ratio")]
+            if error is not NotImplementedError:
+                message = re.sub("^clip_ratio", "clip_ratios[1]", message)
+        yield flatquant_dynamic_quantize_many, many, error, message
+
+
+@pytest.mark.parametrize("function, changed, error, message", list(refused_by_others()))
+def test_the_other_functions_refuse_the_same_in_the_same_words(
+    function: Any, changed: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    arguments = {"input_tensor": X, "left_trans": LEFT, "right_trans": RIGHT, "use_cuda": False}
+    with pytest.raises(error, match=re.escape(message)):
+        function(**{**arguments, **changed})
+
+
+@pytest.mark.parametrize(
+    "function, changed, error, message",
+    [
+        (
+            flatquant_dynamic_quantize_many,
+            {"clip_ratios": []},
+            ValueError,
+            "clip_ratios must hold at least one clip ratio, got none",
+        ),
+        (
+            flatquant_dynamic_quantize_many,
+            {"clip_ratios": 0.9},
+            TypeError,
+            "clip_ratios must be a list or tuple, got 0.9 of type float",
+        ),
+        (
+            flatquant_dynamic_quantize_many,
+            {"clip_ratios": torch.ones(3)},
+            TypeError,
+            "clip_ratios must be a list or tuple, got tensor([1., 1., 1.]) of type Tensor",
+        ),
+        (
+            kronecker_transform,
+            {"left_trans": None, "right_trans": None},
+            ValueError,
+            "left_trans and right_trans must not both be None, got None and None",
+        ),
+        (
+            kronecker_transform,
+            {"out_dtype": torch.float64},
+            TypeError,
+            "out_dtype must be torch.float16, bfloat16 or float32, got torch.float64",
+        ),
+        (fake_quantize, {"out_dtype": "float16"}, TypeError, "got 'float16'"),
+        (fake_quantize, {"invert": 1}, TypeError, "invert must be a bool, got 1 of type int"),
+        (
+            fake_quantize,
+            {"invert": True, "right_trans": torch.zeros_like(RIGHT)},
+            ValueError,
+            "right_trans must have an inverse with invert=True",
+        ),
+    ],
+)
+def test_the_other_functions_name_their_own_arguments(
+    function: Any, changed: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    arguments = {"input_tensor": X, "left_trans": LEFT, "right_trans": RIGHT, "use_cuda": False}
+    with pytest.raises(error, match=re.escape(message)):
+        function(**{**arguments, **changed})
 
 
 CODES, SCALES = torch.zeros(3, 8, dtype=torch.int8), torch.ones(3)
@@ -335,6 +482,7 @@ def test_dequantize_names_a_wrong_argument_with_what_it_was_and_must_be(
     [
         ((0, 64, torch.float16), ValueError, "M must be at least 1, got 0"),
         ((64, -1, torch.float16), ValueError, "N must be at least 1, got -1"),
+        ((64, 0, torch.float16), ValueError, "N must be at least 1, got 0"),
         ((64.0, 64, torch.float16), TypeError, "M must be an int, got 64.0 of type float"),
         ((64, True, torch.float16), TypeError, "N must be an int, got True of type bool"),
         (
@@ -382,6 +530,12 @@ def test_cuda_tensors_without_the_extension_are_an_error_that_names_reason_and_r
         for kernel in ("auto", "simt"):
             with pytest.raises(RuntimeError, match=r"the linker said no.*\./scripts/build\.sh"):
                 flatquant_dynamic_quantize(x.view(1, 64), left, right, kernel=kernel)
+            with pytest.raises(RuntimeError, match="the linker said no"):
+                flatquant_dynamic_quantize_many(x, None, right, [1.0], kernel=kernel)
+            with pytest.raises(RuntimeError, match="the linker said no"):
+                kronecker_transform(x, None, right, kernel=kernel)
+            with pytest.raises(RuntimeError, match="the linker said no"):
+                fake_quantize(x, None, right, kernel=kernel)
 
 
 @pytest.mark.parametrize("clip_ratio", [0.5, 1, Fraction(1, 2)])
@@ -409,13 +563,43 @@ def test_forcing_sm90_needs_tokens_aligned_to_16_bytes(
     monkeypatch.setattr(ops, "available_kernels", lambda *_: ["sm90", "simt", "reference"])
     x = torch.empty(5 * pitch + offset, dtype=torch.float16)[offset:].view(5, pitch)[:, :64]
     factor = torch.empty(8, 8, dtype=torch.float16)
-    ops._check_kernel("simt", x, factor, factor)
-    if fits:
-        ops._check_kernel("sm90", x, factor, factor)
-    else:
+    for left in (factor, None):
+        ops._check_kernel("simt", x, left, factor, 8, 8)
+        if fits:
+            ops._check_kernel("sm90", x, left, factor, 8, 8)
+            continue
         message = f"{2 * offset % 16} bytes off and {2 * pitch} bytes from token to token"
         with pytest.raises(ValueError, match=f"kernel='sm90'.*to 16 bytes, got.*{message}"):
-            ops._check_kernel("sm90", x, factor, factor)
+            ops._check_kernel("sm90", x, left, factor, 8, 8)
+
+
+def test_many_calls_the_operator_with_different_pairs_in_eights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def operator(x: Any, left: Any, right: Any, numbers: Any, tensors: Any, *more: Any) -> Any:
+        calls.append((numbers, tensors, *more))
+        return [(len(calls), i) for i in range(len(numbers))]
+
+    monkeypatch.setattr(ops, "EXTENSION_LOADED", True)
+    monkeypatch.setattr(ops, "_dynamic_quantize_many", operator)
+    with FakeTensorMode():
+        x, factor = torch.empty(5, 8, device="cuda"), torch.empty(4, 4, device="cuda")
+        ratio = torch.empty((), device="cuda")
+        numbers = [1.0, 0.5, (0.5, 1), 0.5, (0.5, 0.5), *(i + 2 for i in range(8)), 1]
+        results = flatquant_dynamic_quantize_many(x, None, factor, numbers, True)
+        same = flatquant_dynamic_quantize_many(x, None, None, [ratio, (ratio, ratio)])
+        mixed = flatquant_dynamic_quantize_many(x, None, None, [ratio, (0.5, ratio)])
+    expected = [1.0, 1.0, 0.5, 0.5, 0.5, 1.0, *(float(i // 2 + 2) for i in range(10))]
+    assert calls[0] == (expected, [], True, "auto")
+    assert calls[1] == ([float(i // 2 + 7) for i in range(6)], [], True, "auto")
+    assert calls[2] == ([0.0, 0.0], [ratio, ratio], False, "auto")
+    assert calls[3] == ([0.0, 0.0, 0.5, 0.0], [ratio, ratio, ratio], False, "auto")
+    assert all(tensor is ratio for call in calls[2:] for tensor in call[1])
+    assert [call[0] for call, _ in results] == [1] * 10 + [2] * 3 + [1]
+    assert results[1] is results[3] is results[4] and results[0] is results[-1]
+    assert same[0] is same[1] and mixed[0] != mixed[1]
 
 
 def test_an_extension_that_does_not_load_leaves_the_linkers_reason(

@@ -16,6 +16,7 @@ from shapes import SIZES
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import bench_outputs
 import bench_quantize
 import compare
 import measure
@@ -154,6 +155,18 @@ def test_flatquants_file_is_loaded_without_its_package(tmp_path: Path) -> None:
 
 
 # How it is reported
+
+
+def test_the_table_of_outputs_times_every_case(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_outputs.main(["--features", "576", "200", "--tokens", "3", "--repeats", "3"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows[0] == "| | 576, 3 tokens | 200, 3 tokens |"
+    left, right = torch.eye(24), torch.eye(24)
+    names = [case.name for case in bench_outputs.cases(left, right)]
+    assert [row.split(" | ")[0] for row in rows[1:]] == [f"| {name}" for name in names]
+    for row in rows[1:]:
+        for cell in row.removesuffix(" |").split(" | ")[1:]:
+            assert float(cell.split()[0]) > 0
 
 
 @pytest.mark.skipif(not NO_GPU, reason="says what a machine without a GPU shows")

@@ -271,7 +271,9 @@ def test_old_gpus_need_no_cutlass_and_get_no_kernel_of_newer_ones(
     old = build.parse_archs("60;61;70;75", toolkit(CUDA_12, "12.0"))
     text = build.ninja_file(toolkit(CUDA_12, "12.0"), old, Path("build/x/_C.abi3.so"))
     sources = set(re.findall(r": compile (\S+)$", text, re.M))
-    kernels = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/simt/**/*.cu")}
+    folders = ("simt", "plain")
+    paths = [path for folder in folders for path in ROOT.glob(f"csrc/{folder}/**/*.cu")]
+    kernels = {str(path.relative_to(ROOT)) for path in paths}
     hosts = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp")}
     assert sources == kernels | hosts
     for number in old:
@@ -289,7 +291,7 @@ def test_without_their_architectures_nothing_refers_to_the_kernels(tmp_path: Pat
     command = [*shlex.split(host[1]), "-O0", "-c", "csrc/torch_ops.cpp"]
     subprocess.run([*command, "-o", str(tmp_path / "o")], cwd=ROOT, check=True)
     undefined = subprocess.run([nm, "-uC", tmp_path / "o"], capture_output=True, text=True).stdout
-    assert "flatquant::simt::launch" in undefined
+    assert "flatquant::simt::launch" in undefined and "flatquant::plain::launch" in undefined
     assert "flatquant::sm" not in undefined
 
 

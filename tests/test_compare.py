@@ -96,6 +96,24 @@ def test_two_steps_fail_even_where_the_distance_that_passes_is_wide() -> None:
     assert not accuracy.compare(codes, scales, values, 0.01, torch.float16).ok
 
 
+def test_a_pair_is_judged_by_the_side_its_scale_comes_from() -> None:
+    """The scale comes from 7 above, max|Y| is 28 below: its error may be four times as large."""
+    values = transformed()
+    values[:, 0], values[:, 2] = 7, -28
+    pair = (1.0, 0.25 / 2)
+    codes, scales = reference.quantize(values, pair)
+    assert scales.tolist() == [1.0, 1.0] and codes[0, 2] == -8
+    assert not accuracy.compare(codes, scales, values, 1.0, torch.float16).ok
+    for share, passes in ((3.0, True), (5.0, False)):
+        off = scales * (1 + share * FLOAT16.transform)
+        assert accuracy.compare(codes, off, values, pair, torch.float16).ok == passes
+    codes[0, 1] = 3
+    limit = 28 * FLOAT16.transform * (1 + 4)
+    for distance, passes in ((0.9 * limit, True), (1.1 * limit, False)):
+        values[0, 1] = 2.5 - distance
+        assert accuracy.compare(codes, scales, values, pair, torch.float16).ok == passes
+
+
 @pytest.mark.parametrize("share, passes", [(0.5, True), (-0.5, True), (2.0, False), (-2.0, False)])
 def test_scales_may_be_off_by_their_tolerance(share: float, passes: bool) -> None:
     codes, scales, values = correct()

@@ -106,11 +106,31 @@ def test_simt_ends_where_a_factors_elements_are_too_many_for_int(
     assert ask(program, [(60, "60", FLOAT32, M, N)]) == [kernels]
 
 
-def test_sm80_has_a_plan_that_fits_for_every_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16, FLOAT32])
+@pytest.mark.parametrize(
+    "architectures, capability, kernels",
+    [
+        ("60", 60, "plain"),
+        ("75+PTX", 90, "plain"),
+        ("80;90a", 90, "plain"),
+        ("80;90a", 120, "built for sm_80;sm_90a, this GPU is sm_120"),
+        ("50+PTX", 53, "-"),
+    ],
+)
+def test_only_plain_serves_without_a_transform(
+    program: Path, architectures: str, capability: int, kernels: str, dtype: int
+) -> None:
+    (answer,) = ask(program, [(capability, architectures, dtype, 0, 0)])
+    assert answer.partition(":")[0] == kernels
+    for M, N in [(0, 64), (64, 0), (-1, -1)]:
+        assert ask(program, [(90, "80;90a", dtype, M, N)]) == ["-"]
+
+
+def test_sm80_and_plain_have_plans_that_fit_every_size(tmp_path: Path) -> None:
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
     command = [compiler, "-std=c++17", f"-I{ROOT / 'csrc'}", str(ROOT / "tests" / "plan_main.cpp")]
     subprocess.run([*command, "-o", str(tmp_path / "plan")], check=True)
     run = subprocess.run([tmp_path / "plan"], capture_output=True, text=True, check=True)
-    assert run.stdout == f"{3 * 256 * 256} plans\n"
+    assert run.stdout == f"sm80 {3 * 256 * 256}, plain {70_100 * 6} plans\n"

@@ -22,15 +22,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import DTYPES, Exact, Problem, dtype_name, exact_problem, float64, random_problem
+from problems import DTYPES, Exact, Problem, dtype_name, exact_problem, random_problem
 from torch import Tensor
 
-from flatquant import accuracy
+from flatquant import accuracy, reference
 from flatquant.packing import unpack_int4
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "tests" / "emulator"
 FLOAT16, BFLOAT16, FLOAT32 = DTYPES
+MAX_OUTPUTS = 8
 
 
 class Toolchain:
@@ -90,6 +91,17 @@ def simt(toolchain: Toolchain, tmp_path_factory: pytest.TempPathFactory) -> Path
     return toolchain.compile_driver("run_simt", tmp_path_factory.mktemp("simt"))
 
 
+@pytest.fixture
+def program(request: pytest.FixtureRequest, kernel: str) -> Path:
+    """That of a test's `kernel`."""
+    path: Path = request.getfixturevalue(kernel)
+    return path
+
+
+Ratio = float | tuple[float, float]  # of both sides, or of the largest and the smallest
+Output = tuple[Tensor, Tensor]  # codes as stored, and scales
+
+
 @dataclass(frozen=True)
 class Case:
     """One launch. `gap` are the elements between two tokens; `blocks` is the grid."""
@@ -99,28 +111,45 @@ class Case:
     tokens: int
     dtype: torch.dtype = FLOAT16
     packed: bool = True
-    clip_ratio: float = 1.0
+    clip_ratios: tuple[Ratio, ...] = (1.0,)  # of the outputs; none: Y itself is stored
     gap: int = 0
     blocks: int = 2
+    has_left: bool = True
+    has_right: bool = True
+    on_device: bool = False  # the clip ratios
+    out_dtype: torch.dtype = FLOAT32  # of Y
 
     def __str__(self) -> str:
         name = f"{self.rows}x{self.cols}-{self.tokens}-{dtype_name(self.dtype)}"
         name += "-int4" if self.packed else "-int8"
-        name += f"-clip{self.clip_ratio}" if self.clip_ratio != 1.0 else ""
+        name += "".join(f"-clip{ratio}" for ratio in self.clip_ratios if ratio != 1.0)
+        name += "" if self.has_left else "-no_left"
+        name += "" if self.has_right else "-no_right"
         return name + (f"-gap{self.gap}" if self.gap else "")
+
+    @property
+    def judged_as(self) -> torch.dtype:
+        """The dtype whose tolerance holds: with one factor nothing is rounded on the way."""
+        return self.dtype if self.has_left and self.has_right else FLOAT32
 
     def random_problem(self) -> Problem:
         return random_problem(self.rows, self.cols, self.tokens, self.dtype)
+
+    def float64(self, problem: Problem) -> Tensor:
+        """Y of every token."""
+        left = problem.left if self.has_left else None
+        right = problem.right if self.has_right else None
+        return reference.transform(problem.input, left, right, torch.float64)
 
 
 def raw(tensor: Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def launch(
+def run(
     program: Path, folder: Path, case: Case, problem: Problem, seed: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Codes as stored and scales. The order in which threads run is drawn, or is that of `seed`."""
+) -> bytearray:
+    """What the launch stored. The order in which threads run is drawn, or is that of `seed`."""
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     features = case.rows * case.cols
     stride = features + case.gap
@@ -128,38 +157,75 @@ def launch(
     x[:, :features] = problem.input
     x = x.flatten()[: x.numel() - case.gap]
     poison = 1 + seed % 255  # what the results' memory holds before
+    pairs = [ratio if isinstance(ratio, tuple) else (ratio, ratio) for ratio in case.clip_ratios]
+    pairs += [(0.0, 0.0)] * (MAX_OUTPUTS - len(pairs))
     header = struct.pack(
-        "<9qd",
+        f"<14q{2 * MAX_OUTPUTS}f",
         *(case.rows, case.cols, case.tokens, stride, DTYPES.index(case.dtype), int(case.packed)),
-        *(case.blocks, seed, poison, case.clip_ratio),
+        *(case.blocks, seed, poison, int(case.has_left), int(case.has_right)),
+        *(len(case.clip_ratios), int(case.on_device), DTYPES.index(case.out_dtype)),
+        *(ratio for pair in pairs for ratio in pair),
     )
     source, target = folder / "case", folder / "result"
-    source.write_bytes(header + raw(x) + raw(problem.left) + raw(problem.right))
-    run = subprocess.run([program, source, target], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, f"{case}, order {seed}: {run.stderr or run.returncode}"
-    result = torch.frombuffer(bytearray(target.read_bytes()), dtype=torch.uint8)
-    codes = result[: -4 * case.tokens].view(torch.int32 if case.packed else torch.int8)
-    scales = result[-4 * case.tokens :].clone().view(torch.float32)
-    return codes.view(case.tokens, -1), scales
+    left = raw(problem.left) if case.has_left else b""
+    right = raw(problem.right) if case.has_right else b""
+    source.write_bytes(header + raw(x) + left + right)
+    done = subprocess.run([program, source, target], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{case}, order {seed}: {done.stderr or done.returncode}"
+    return bytearray(target.read_bytes())
 
 
-def check(case: Case, result: tuple[Tensor, Tensor], problem: Problem) -> None:
+def launch(
+    program: Path, folder: Path, case: Case, problem: Problem, seed: int | None = None
+) -> list[Output]:
+    result = torch.frombuffer(run(program, folder, case, problem, seed), dtype=torch.uint8)
+    codes_dtype = torch.int32 if case.packed else torch.int8
+    outputs = []
+    for output in result.view(len(case.clip_ratios), -1):
+        codes = output[: -4 * case.tokens].clone().view(codes_dtype)
+        scales = output[-4 * case.tokens :].clone().view(torch.float32)
+        outputs.append((codes.view(case.tokens, -1), scales))
+    return outputs
+
+
+def transform(
+    program: Path, folder: Path, case: Case, problem: Problem, seed: int | None = None
+) -> Tensor:
+    result = run(program, folder, replace(case, clip_ratios=()), problem, seed)
+    return torch.frombuffer(result, dtype=case.out_dtype).view(case.tokens, -1)
+
+
+def check(case: Case, outputs: list[Output], problem: Problem) -> None:
     """Against float64. The cases are small, so the share of differing codes is held loosely."""
-    found = accuracy.compare(*result, float64(problem), case.clip_ratio, case.dtype)
-    tolerance = found.tolerance
-    assert found.scale_error <= tolerance.transform, f"{case}: {found}"
-    assert found.max_step <= 1, f"{case}: {found}"
-    assert found.max_distance <= 14 / case.clip_ratio * tolerance.transform, f"{case}: {found}"
-    codes = found.tokens * found.features
-    assert found.mismatches <= 4 * max(1.0, tolerance.mismatch * codes), f"{case}: {found}"
+    y = case.float64(problem)
+    for (codes, scales), ratio in zip(outputs, case.clip_ratios, strict=True):
+        found = accuracy.compare(codes, scales, y, ratio, case.judged_as)
+        failures = [text for text in found.failures if "codes differ, " not in text]
+        assert not failures, f"{case}, clip ratio {ratio}: {found}"
+        count = found.tokens * found.features
+        allowed = 4 * max(1.0, found.tolerance.mismatch * count)
+        assert found.mismatches <= allowed, f"{case}, clip ratio {ratio}: {found}"
 
 
-def check_exact(case: Case, result: tuple[Tensor, Tensor], exact: Exact) -> None:
-    codes, scales = result
-    if case.packed:
-        codes = unpack_int4(codes)
-    assert torch.equal(codes, exact.codes)
-    assert torch.equal(scales, exact.scales)
+def codes_of(output: Output) -> Tensor:
+    return unpack_int4(output[0]) if output[0].dtype == torch.int32 else output[0]
+
+
+def equal(found: list[Output], expected: list[Output]) -> bool:
+    """Bit by bit, whatever the storage."""
+    return len(found) == len(expected) and all(
+        torch.equal(codes_of(ours), codes_of(theirs))
+        and torch.equal(ours[1].view(torch.int32), theirs[1].view(torch.int32))
+        for ours, theirs in zip(found, expected, strict=True)
+    )
+
+
+def chosen_tokens(outputs: list[Output], chosen: Tensor) -> list[Output]:
+    return [(codes[chosen], scales[chosen]) for codes, scales in outputs]
+
+
+def check_exact(outputs: list[Output], exact: Exact) -> None:
+    assert equal(outputs, [(exact.codes, exact.scales)])
 
 
 # ------------------------------------------------------------------------- the emulator itself
@@ -345,10 +411,10 @@ def test_sm90_in_every_class(sm90: Path, tmp_path: Path, case: Case) -> None:
         Case(64, 80, 6, gap=8),
         Case(56, 64, 6, BFLOAT16, packed=False, gap=3584),
         Case(112, 128, 4, gap=40),
-        Case(60, 88, 4, clip_ratio=0.9),
-        Case(64, 64, 4, BFLOAT16, packed=False, clip_ratio=0.3),
-        Case(120, 136, 4, clip_ratio=0.5, gap=16, blocks=3),
-        Case(64, 64, 4, clip_ratio=1.5),
+        Case(60, 88, 4, clip_ratios=(0.9,)),
+        Case(64, 64, 4, BFLOAT16, packed=False, clip_ratios=(0.3,)),
+        Case(120, 136, 4, clip_ratios=(0.5,), gap=16, blocks=3),
+        Case(64, 64, 4, clip_ratios=(1.5,)),
         Case(8, 8, 500),  # enough that the last quarter is first come, first served
         Case(24, 32, 500, BFLOAT16, packed=False, blocks=3),
     ],
@@ -373,8 +439,8 @@ def test_sm90(sm90: Path, tmp_path: Path, case: Case) -> None:
 def test_sm90_in_any_order(sm90: Path, tmp_path: Path, case: Case) -> None:
     """Also batch invariance: not a bit depends on the order, the grid, the batch or the storage."""
     problem = case.random_problem()
-    codes, scales = launch(sm90, tmp_path, case, problem)
-    check(case, (codes, scales), problem)
+    expected = launch(sm90, tmp_path, case, problem)
+    check(case, expected, problem)
     for _ in range(10):
         chosen = torch.randperm(case.tokens)[: int(torch.randint(1, case.tokens + 1, ()))]
         part = replace(
@@ -385,8 +451,7 @@ def test_sm90_in_any_order(sm90: Path, tmp_path: Path, case: Case) -> None:
             gap=8 * int(torch.randint(3, ())),
         )
         found = launch(sm90, tmp_path, part, problem._replace(input=problem.input[chosen]))
-        expected = codes[chosen] if part.packed else unpack_int4(codes[chosen])
-        assert torch.equal(found[0], expected) and torch.equal(found[1], scales[chosen]), part
+        assert equal(found, chosen_tokens(expected, chosen)), part
 
 
 @pytest.mark.parametrize("clip_ratio", [1.0, 0.5])
@@ -402,9 +467,9 @@ def test_sm90_exact_data(
     packed: bool,
     clip_ratio: float,
 ) -> None:
-    case = Case(rows, cols, 3, dtype, packed, clip_ratio)
+    case = Case(rows, cols, 3, dtype, packed, (clip_ratio,))
     exact = exact_problem(rows, cols, 3, dtype, clip_ratio)
-    check_exact(case, launch(sm90, tmp_path, case, exact.problem), exact)
+    check_exact(launch(sm90, tmp_path, case, exact.problem), exact)
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["int4", "int8"])
@@ -416,7 +481,7 @@ def test_sm90_tiny_scales(sm90: Path, tmp_path: Path, packed: bool) -> None:
     exact = exact._replace(
         problem=exact.problem._replace(input=exact.problem.input * tiny), scales=exact.scales * tiny
     )
-    check_exact(case, launch(sm90, tmp_path, case, exact.problem), exact)
+    check_exact(launch(sm90, tmp_path, case, exact.problem), exact)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=dtype_name)
@@ -440,6 +505,13 @@ def spoil(problem: Problem) -> tuple[Problem, Tensor]:
     return Problem(x, *factors), torch.tensor([1.0, float("nan"), float("inf"), float("inf")])
 
 
+def check_special(case: Case, outputs: list[Output], problem: Problem, special: Tensor) -> None:
+    for codes, scales in outputs:
+        assert torch.equal(scales[:4].nan_to_num(nan=-1.0), special.nan_to_num(nan=-1.0))
+        assert not codes[:4].any()
+    check(case, outputs, problem)
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -453,10 +525,7 @@ def spoil(problem: Problem) -> tuple[Problem, Tensor]:
 )
 def test_sm90_special_tokens(sm90: Path, tmp_path: Path, case: Case) -> None:
     problem, special = spoil(case.random_problem())
-    codes, scales = launch(sm90, tmp_path, case, problem)
-    assert torch.equal(scales[:4].nan_to_num(nan=-1.0), special.nan_to_num(nan=-1.0))
-    assert not codes[:4].any()
-    check(case, (codes, scales), problem)
+    check_special(case, launch(sm90, tmp_path, case, problem), problem, special)
 
 
 # ------------------------------------------------------------------------------------- sm80
@@ -497,8 +566,8 @@ def sm80_cases() -> list[Case]:
         Case(24, 24, 40, gap=1),  # tokens aligned to 2 bytes
         Case(56, 64, 9, gap=2, blocks=1),
         Case(5, 77, 9, packed=False),  # features odd, tokens of codes at any byte
-        Case(60, 88, 4, clip_ratio=0.9),
-        Case(34, 44, 6, BFLOAT16, clip_ratio=0.3),
+        Case(60, 88, 4, clip_ratios=(0.9,)),
+        Case(34, 44, 6, BFLOAT16, clip_ratios=(0.3,)),
         Case(128, 148, 3),
         Case(65, 24, 6),
         Case(250, 12, 3, BFLOAT16),
@@ -532,8 +601,8 @@ def test_sm80_in_any_order(sm80: Path, tmp_path: Path, case: Case) -> None:
     Nor on the shared memory, that is on which of the two kernels it was.
     """
     problem = case.random_problem()
-    codes, scales = launch(sm80, tmp_path, case, problem, sm80_seed(0))
-    check(case, (codes, scales), problem)
+    expected = launch(sm80, tmp_path, case, problem, sm80_seed(0))
+    check(case, expected, problem)
     for memory in range(10):
         chosen = torch.randperm(case.tokens)[: int(torch.randint(1, case.tokens + 1, ()))]
         part = replace(
@@ -545,8 +614,7 @@ def test_sm80_in_any_order(sm80: Path, tmp_path: Path, case: Case) -> None:
         )
         part_problem = problem._replace(input=problem.input[chosen])
         found = launch(sm80, tmp_path, part, part_problem, sm80_seed(memory))
-        expected = codes[chosen] if part.packed else unpack_int4(codes[chosen])
-        assert torch.equal(found[0], expected) and torch.equal(found[1], scales[chosen]), part
+        assert equal(found, chosen_tokens(expected, chosen)), part
 
 
 @pytest.mark.parametrize("clip_ratio", [1.0, 0.5])
@@ -564,11 +632,11 @@ def test_sm80_exact_data(
     packed: bool,
     clip_ratio: float,
 ) -> None:
-    case = Case(rows, cols, 3, dtype, packed, clip_ratio)
+    case = Case(rows, cols, 3, dtype, packed, (clip_ratio,))
     exact = exact_problem(rows, cols, 3, dtype, clip_ratio)
     for memory in (0, 2, 4):
         result = launch(sm80, tmp_path, case, exact.problem, sm80_seed(memory))
-        check_exact(case, result, exact)
+        check_exact(result, exact)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=dtype_name)
@@ -603,10 +671,8 @@ def test_sm80_large_intermediate(
 def test_sm80_special_tokens(sm80: Path, tmp_path: Path, case: Case) -> None:
     problem, special = spoil(case.random_problem())
     for memory in (0, 4):
-        codes, scales = launch(sm80, tmp_path, case, problem, sm80_seed(memory))
-        assert torch.equal(scales[:4].nan_to_num(nan=-1.0), special.nan_to_num(nan=-1.0))
-        assert not codes[:4].any()
-        check(case, (codes, scales), problem)
+        outputs = launch(sm80, tmp_path, case, problem, sm80_seed(memory))
+        check_special(case, outputs, problem, special)
 
 
 # ------------------------------------------------------------------------------------- simt
@@ -644,8 +710,8 @@ def test_simt(
     problem = case.random_problem()
     check(case, launch(simt, tmp_path, case, problem), problem)
     exact = exact_problem(rows, cols, tokens, dtype, 0.5)
-    case = replace(case, clip_ratio=0.5)
-    check_exact(case, launch(simt, tmp_path, case, exact.problem), exact)
+    case = replace(case, clip_ratios=(0.5,))
+    check_exact(launch(simt, tmp_path, case, exact.problem), exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -655,10 +721,7 @@ def test_simt_special_tokens(
 ) -> None:
     case = Case(rows, cols, 6, dtype, blocks=1)
     problem, special = spoil(case.random_problem())
-    codes, scales = launch(simt, tmp_path, case, problem)
-    assert torch.equal(scales[:4].nan_to_num(nan=-1.0), special.nan_to_num(nan=-1.0))
-    assert not codes[:4].any()
-    check(case, (codes, scales), problem)
+    check_special(case, launch(simt, tmp_path, case, problem), problem, special)
 
 
 @pytest.mark.parametrize(
@@ -674,8 +737,8 @@ def test_simt_special_tokens(
 def test_simt_in_any_order(simt: Path, tmp_path: Path, case: Case) -> None:
     """Not a bit depends on the order, the batch, the storage or the GPU's shared memory."""
     problem = case.random_problem()
-    codes, scales = launch(simt, tmp_path, case, problem)
-    check(case, (codes, scales), problem)
+    expected = launch(simt, tmp_path, case, problem)
+    check(case, expected, problem)
     for blocks in (1, 2, 5):
         chosen = torch.randperm(case.tokens)[: int(torch.randint(1, case.tokens + 1, ()))]
         part = replace(
@@ -686,5 +749,167 @@ def test_simt_in_any_order(simt: Path, tmp_path: Path, case: Case) -> None:
             gap=int(torch.randint(9, ())),
         )
         found = launch(simt, tmp_path, part, problem._replace(input=problem.input[chosen]))
-        expected = codes[chosen] if part.packed else unpack_int4(codes[chosen])
-        assert torch.equal(found[0], expected) and torch.equal(found[1], scales[chosen]), part
+        assert equal(found, chosen_tokens(expected, chosen)), part
+
+
+# ------------------------------------------------------------- outputs and factors, of all kernels
+
+# The sides as they are, either clipped far, so little that no code has to be clamped, so far that
+# nearly all are, and beyond what any value reaches.
+RATIOS: tuple[Ratio, ...] = (
+    *(1.0, (0.3, 1.0), (1.0, 0.3), (0.94, 0.83)),
+    *(1e-3, (1e-6, 1.0), (1e-3, 1e-6), (1.5, 1.25)),
+)
+
+KERNEL_CASES = [
+    ("sm90", Case(64, 64, 5)),
+    ("sm90", Case(50, 72, 5, BFLOAT16, packed=False)),
+    ("sm90", Case(130, 160, 3)),
+    ("sm80", Case(24, 24, 5, packed=False)),
+    ("sm80", Case(62, 68, 5, BFLOAT16)),
+    ("sm80", Case(13, 17, 5, packed=False)),  # features odd, rows of Y at any address
+    ("sm80", Case(72, 112, 3, BFLOAT16, packed=False)),
+    ("sm80", Case(136, 194, 1)),  # streamed in two passes
+    ("simt", Case(24, 37, 9, FLOAT32)),
+    ("simt", Case(62, 68, 3, packed=False)),
+    ("simt", Case(104, 132, 2, BFLOAT16, blocks=1)),  # chunks of rows
+    ("simt", Case(10, 1004, 2, blocks=1)),  # and of columns
+]
+by_kernel = pytest.mark.parametrize("kernel, case", KERNEL_CASES, ids=str)
+by_factors = pytest.mark.parametrize(
+    "has_left, has_right",
+    [(True, True), (False, True), (True, False)],
+    ids=["both", "right", "left"],
+)
+
+
+def check_rounding(case: Case, outputs: list[Output], y: Tensor) -> None:
+    """Against Y where the kernel knows it exactly: only dividing by the scale may be rounded."""
+    for output, ratio in zip(outputs, case.clip_ratios, strict=True):
+        codes, scales = codes_of(output).double(), output[1]
+        exact_codes, exact_scales = reference.quantize(y, ratio)
+        assert torch.equal(scales, exact_scales), f"{case}, clip ratio {ratio}"
+        boundary = (codes + exact_codes) / 2
+        near = (y / exact_scales[:, None].double() - boundary).abs() <= 2.0**-18
+        steps = (codes - exact_codes).abs()
+        assert ((steps == 0) | (steps == 1) & near).all(), f"{case}, clip ratio {ratio}"
+
+
+@by_kernel
+@pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
+def test_outputs(program: Path, tmp_path: Path, kernel: str, case: Case, on_device: bool) -> None:
+    """Many outputs; not a bit of one depends on the others, or on where its ratios are."""
+    case = replace(case, clip_ratios=RATIOS, on_device=on_device)
+    exact = exact_problem(case.rows, case.cols, case.tokens, case.dtype).problem
+    check_rounding(case, launch(program, tmp_path, case, exact), case.float64(exact))
+
+    problem = case.random_problem()
+    case = replace(case, clip_ratios=RATIOS[:5])
+    outputs = launch(program, tmp_path, case, problem)
+    usual = replace(case, clip_ratios=RATIOS[:4])
+    check(usual, outputs[:4], problem)
+    for i in (0, 1, 4):
+        alone = replace(case, clip_ratios=case.clip_ratios[i : i + 1], on_device=False)
+        assert equal(launch(program, tmp_path, alone, problem), outputs[i : i + 1]), alone
+
+
+@by_kernel
+@pytest.mark.parametrize(
+    "has_left, has_right", [(False, True), (True, False)], ids=["right", "left"]
+)
+def test_missing_factor(
+    program: Path, tmp_path: Path, kernel: str, case: Case, has_left: bool, has_right: bool
+) -> None:
+    """Nothing is rounded before it is quantised, not to float16's range either."""
+    case = replace(case, clip_ratios=RATIOS[:3], has_left=has_left, has_right=has_right)
+    problem = case.random_problem()
+    for factor in (1.0, 2.0**-12):
+        small = Problem(problem.input * 2.0**-4, problem.left * factor, problem.right * factor)
+        check(case, launch(program, tmp_path, case, small), small)
+
+
+@by_kernel
+@by_factors
+def test_transform(
+    program: Path, tmp_path: Path, kernel: str, case: Case, has_left: bool, has_right: bool
+) -> None:
+    """Y in each dtype; exact where it can be, with NaN and Inf where they belong."""
+    case = replace(case, has_left=has_left, has_right=has_right)
+    exact = exact_problem(case.rows, case.cols, case.tokens, case.dtype).problem
+    assert torch.equal(transform(program, tmp_path, case, exact).double(), case.float64(exact))
+
+    case = replace(case, tokens=5)
+    problem, _ = spoil(case.random_problem())
+    y = transform(program, tmp_path, case, problem)
+    expected = case.float64(problem)
+    largest = expected.nan_to_num(0.0, 0.0, 0.0).abs().amax(1, keepdim=True)
+    errors = (y - expected).abs()
+    assert (
+        (y == expected)
+        | (y.isnan() & expected.isnan())
+        | (errors <= accuracy.TOLERANCES[case.judged_as].transform * largest)
+    ).all()
+    for dtype in (FLOAT16, BFLOAT16):
+        rounded = transform(program, tmp_path, replace(case, out_dtype=dtype), problem)
+        assert torch.equal(rounded.nan_to_num(nan=1e4), y.to(dtype).nan_to_num(nan=1e4))
+
+
+@by_kernel
+@by_factors
+def test_special_tokens_of_outputs(
+    program: Path, tmp_path: Path, kernel: str, case: Case, has_left: bool, has_right: bool
+) -> None:
+    ratios = (1.0, (0.3, 1.0), (1.0, 1e-3), (0.5, 2.0))
+    case = replace(case, tokens=5, has_left=has_left, has_right=has_right, clip_ratios=ratios)
+    problem, special = spoil(case.random_problem())
+    outputs = launch(program, tmp_path, case, problem)
+    for codes, scales in outputs:
+        assert torch.equal(scales[:4].nan_to_num(nan=-1.0), special.nan_to_num(nan=-1.0))
+        assert not codes[:4].any()
+    usual = replace(case, clip_ratios=ratios[:2])
+    check(usual, outputs[:2], problem)
+
+
+@pytest.mark.parametrize(
+    "kernel, case",
+    [
+        ("sm90", Case(48, 96, 5, BFLOAT16)),
+        ("sm80", Case(30, 44, 5, BFLOAT16)),
+        ("sm80", Case(48, 144, 5, BFLOAT16, packed=False)),
+        ("simt", Case(24, 37, 5, FLOAT32)),
+        ("simt", Case(62, 68, 5, BFLOAT16, packed=False)),
+    ],
+    ids=str,
+)
+def test_subnormal_tokens(program: Path, tmp_path: Path, kernel: str, case: Case) -> None:
+    """Many of their values are subnormal, and so are some scales; and a token of zeros."""
+    case = replace(case, clip_ratios=RATIOS)
+    exact = exact_problem(case.rows, case.cols, case.tokens, case.dtype).problem
+    x = exact.input * 2.0**-118
+    x[0] = 0.0
+    assert (x.abs() < 2.0**-126).float().mean() > 0.2
+    problem = exact._replace(input=x)
+    check_rounding(case, launch(program, tmp_path, case, problem), case.float64(problem))
+
+
+@pytest.mark.parametrize(
+    "kernel, case",
+    [
+        ("sm90", Case(60, 72, 3)),
+        ("sm90", Case(130, 160, 3)),
+        ("sm80", Case(60, 74, 3)),
+        ("sm80", Case(136, 194, 2)),
+    ],
+    ids=str,
+)
+def test_one_row_too_large(program: Path, tmp_path: Path, kernel: str, case: Case) -> None:
+    """Only one row of the intermediate leaves float16's range: the other warps must follow."""
+    x, left, right = case.random_problem()
+    x = (x / x.abs().amax(1, keepdim=True) * 2.0**13).half()
+    row = int(torch.randint(case.rows, ()))
+    left[:, row] *= 256
+    problem = Problem(x, left, right / 256)
+    intermediate = x.view(-1, case.rows, case.cols).double().mT @ left.double()
+    assert (intermediate.abs().amax(1) > 65504).any(0).nonzero().flatten().tolist() == [row]
+    for _ in range(3):
+        check(case, launch(program, tmp_path, case, problem), problem)

@@ -22,8 +22,11 @@ from torch import Tensor
 from flatquant import (
     available_kernels,
     dequantize_int4,
+    fake_quantize,
     flatquant_dynamic_quantize,
+    flatquant_dynamic_quantize_many,
     get_decompose_dim,
+    kronecker_transform,
 )
 
 DTYPES = [
@@ -126,9 +129,12 @@ def survives(function: Callable[..., Any], *arguments: Any) -> None:
         assert any(name in str(error) for name in names), f"names no argument: {error}"
 
 
-@given(st.data())
-def test_quantizing_anything(data: st.DataObject) -> None:
-    draw = data.draw
+ratios = right_or(st.floats(0.1, 2) | st.floats(0.1, 2).map(torch.tensor), anything)
+clips = ratios | st.tuples(ratios, ratios) | st.lists(ratios, max_size=3).map(tuple)
+
+
+def problems(draw: st.DrawFn) -> tuple[Any, Any, Any]:
+    """An input and its factors, mostly right ones."""
     M, N = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     dtype = draw(st.sampled_from(DTYPES[:3]))
 
@@ -136,11 +142,19 @@ def test_quantizing_anything(data: st.DataObject) -> None:
         how = st.sampled_from(["none"] * 12 + CHANGES.split("/"))
         return how.map(lambda how: changed(torch.ones(shape, dtype=dtype), how))
 
-    arguments = (
+    return (
         draw(right_or(good(draw(st.integers(0, 3)), M * N), anything)),
-        draw(right_or(good(M, M), anything | factors)),
-        draw(right_or(good(N, N), anything | factors)),
-        draw(right_or(st.floats(0.1, 2), scalars)),
+        draw(right_or(good(M, M) | st.none(), anything | factors)),
+        draw(right_or(good(N, N) | st.none(), anything | factors)),
+    )
+
+
+@given(st.data())
+def test_quantizing_anything(data: st.DataObject) -> None:
+    draw = data.draw
+    arguments = (
+        *problems(draw),
+        draw(clips),
         draw(right_or(st.booleans(), scalars)),
         draw(right_or(st.just(False), scalars)),
     )
@@ -155,6 +169,32 @@ def test_quantizing_anything(data: st.DataObject) -> None:
         )
 
     survives(quantize, *arguments, kernel)
+
+
+@given(st.data())
+def test_quantizing_many_of_anything(data: st.DataObject) -> None:
+    many = data.draw(right_or(st.lists(clips, max_size=12), anything))
+    pack_int32 = data.draw(right_or(st.booleans(), scalars))
+    survives(flatquant_dynamic_quantize_many, *problems(data.draw), many, pack_int32, False)
+
+
+@given(st.data())
+def test_transforming_and_fake_quantizing_anything(data: st.DataObject) -> None:
+    problem = problems(data.draw)
+    out_dtype = data.draw(right_or(st.none() | st.sampled_from(DTYPES[:3]), anything))
+    survives(kronecker_transform, *problem, out_dtype, False)
+
+    def fake(
+        input_tensor: Any, left_trans: Any, right_trans: Any, clip_ratio: Any, invert: Any,
+        out_dtype: Any,
+    ) -> Any:  # fmt: skip
+        return fake_quantize(
+            input_tensor, left_trans, right_trans, clip_ratio, invert=invert,
+            out_dtype=out_dtype, use_cuda=False,
+        )  # fmt: skip
+
+    invert = data.draw(right_or(st.booleans(), scalars))
+    survives(fake, *problem, data.draw(clips), invert, out_dtype)
 
 
 @given(

@@ -1,4 +1,4 @@
-"""simt for GPUs that are not at hand: it compiles for them, and their PTX gives the same bits.
+"""simt and plain for GPUs not at hand: they compile for them, and simt's PTX gives the same bits.
 
 CUDA 13 compiles for 7.5 and later; NVRTC of CUDA 12 (in the test extra) for 6.0, 6.1 and 7.0 too.
 The last test runs PTX for compute_60, which the driver translates for any newer GPU. On a machine
@@ -34,25 +34,38 @@ def compiled(architecture: str) -> bytes:
 
 
 @pytest.mark.parametrize("architecture", ["sm_60", "sm_61", "sm_70"])
-def test_simt_compiles_for_pascal_and_volta(architecture: str) -> None:
+def test_kernels_compile_for_pascal_and_volta(architecture: str) -> None:
     code = compiled(architecture)
     assert code.startswith(b"\x7fELF")
     flags = int.from_bytes(code[48:52], "little")  # e_flags of a cubin end in the SM's number
     assert flags & 0xFF == int(architecture.removeprefix("sm_"))
     for name in MANGLED.values():
-        assert f".text._ZN9flatquant4simt6kernelI{name}EEv".encode() in code
+        for kernel in ("4simt", "5plain"):
+            assert f".text._ZN9flatquant{kernel}6kernelI{name}EEv".encode() in code
+
+
+class CudaOutput(ctypes.Structure):
+    """Output of csrc/problem.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "scales")),
+        *((name, ctypes.c_float) for name in ("max_ratio", "min_ratio")),
+        *((name, ctypes.c_void_p) for name in ("device_max_ratio", "device_min_ratio")),
+    ]
 
 
 class CudaProblem(ctypes.Structure):
     """Problem of csrc/problem.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("input", "left", "right", "codes", "scales")),
+        *((name, ctypes.c_void_p) for name in ("input", "left", "right")),
         *((name, ctypes.c_int64) for name in ("tokens", "input_stride")),
-        *((name, ctypes.c_int) for name in ("rows", "cols")),
-        ("clip_ratio", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("dtype", "storage")),
-        ("rest", ctypes.c_char * 64),  # what other kernels get, zero here
+        *((name, ctypes.c_int) for name in ("rows", "cols", "left_repeats", "right_repeats")),
+        *((name, ctypes.c_int) for name in ("dtype", "storage", "output_count")),
+        ("outputs", CudaOutput * 8),
+        ("transformed", ctypes.c_void_p),
+        ("transformed_dtype", ctypes.c_int),
+        ("counter", ctypes.c_void_p),
     ]
 
 
@@ -103,15 +116,18 @@ class Module:
         storage, columns = (torch.int32, features // 8) if packed else (torch.int8, features)
         codes = torch.full((tokens, columns), 0x5A, dtype=storage, device="cuda")
         scales = torch.full((tokens,), -1.0, device="cuda")
+        outputs = (CudaOutput * 8)(
+            CudaOutput(codes.data_ptr(), scales.data_ptr(), clip_ratio, clip_ratio)
+        )
         self.launch(
             f"_ZN9flatquant4simt6kernelI{MANGLED[x.dtype]}EEvNS_7ProblemENS0_4PlanE",
             -(-tokens // per_block),
             threads,
             shared,
             CudaProblem(
-                *(tensor.data_ptr() for tensor in (x, left, right, codes, scales)),
-                *(tokens, x.stride(0), rows, cols, clip_ratio),
-                *(DTYPES.index(x.dtype), int(packed)),
+                *(tensor.data_ptr() for tensor in (x, left, right)),
+                *(tokens, x.stride(0), rows, cols, DTYPES.index(x.dtype), int(packed)),
+                *(1, outputs),
             ),
             (ctypes.c_int32 * len(plan))(*plan.tolist()),
         )

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from launches import by_the_boundary_rule
 from problems import DTYPES, dtype_name, exact_problem, float64, random_problem
 from shapes import ODD, SIZES
 
@@ -79,7 +80,8 @@ def test_float32_agrees_with_float64(M: int, N: int, dtype: torch.dtype) -> None
             clip_ratio,
             torch.float32,  # nothing is rounded to the input's dtype
         )
-        assert result.ok, result
+        # So few elements that the share of the codes that differ would fail by chance.
+        assert by_the_boundary_rule(result, clip_ratio), result
 
 
 @pytest.mark.parametrize("clip_ratio", [1.0, 0.5, 2.0])

@@ -14,11 +14,20 @@ from torch._subclasses import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flatquant import flatquant_dynamic_quantize, ops, reference
+from flatquant import (
+    fake_quantize,
+    flatquant_dynamic_quantize,
+    flatquant_dynamic_quantize_many,
+    kronecker_transform,
+    ops,
+    reference,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU))]
 
 operator = torch.ops.flatquant.dynamic_quantize
+many = torch.ops.flatquant.dynamic_quantize_many
+transform = torch.ops.flatquant.kronecker_transform
 
 
 def equal(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
@@ -39,6 +48,73 @@ def test_opcheck_passes(case: str, pack_int32: bool, dtype: torch.dtype, device:
         "strided rows": torch.cat((x, x), dim=1).view(2, 3, 256)[..., :128],
     }[case]
     torch.library.opcheck(operator.default, (x, left, right, 0.9, pack_int32))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("factors", ["both", "left", "right", "none"])
+def test_opcheck_passes_for_many_and_the_transform(
+    factors: str, dtype: torch.dtype, device: str
+) -> None:
+    x, left, right = random_problem(8, 16, 6, dtype, device)
+    x = torch.cat((x, x), dim=1).view(2, 3, 256)[..., :128]
+    problem = (
+        x,
+        left if factors in ("both", "left") else None,
+        right if factors in ("both", "right") else None,
+    )
+    ratios = [torch.tensor(0.9, device=device), torch.tensor([0.8], device=device)]
+    torch.library.opcheck(many.default, (*problem, [0.9, 0.9, 1.0, 0.5], [], True))
+    # The same tensor twice, and one output.
+    torch.library.opcheck(many.default, (*problem, [0.0] * 4, [*ratios, *ratios[::-1]], False))
+    torch.library.opcheck(many.default, (*problem, [0.0, 0.5, 1.0, 0.0], ratios, False))
+    torch.library.opcheck(many.default, (x[0, 0], *problem[1:], [0.0] * 2, ratios[:1] * 2, False))
+    if factors != "none":
+        torch.library.opcheck(transform.default, (*problem, torch.float32))
+        torch.library.opcheck(transform.default, (x.new_empty(0, 128), *problem[1:], torch.half))
+
+
+def test_the_new_operators_run_the_reference_on_cpu_tensors() -> None:
+    problem = random_problem(8, 16, 5, torch.bfloat16)
+    first, second = (reference.dynamic_quantize(*problem, c, True) for c in ((0.9, 0.5), 1.0))
+    ratios = [torch.tensor(c) for c in (0.9, 0.5, 1.0, 1.0)]
+    for kernel in ("auto", "reference"):
+        assert equal(many(*problem, [0.9, 0.5, 1.0, 1.0], [], True, kernel), (*first, *second))
+        assert equal(many(*problem, [0.0] * 4, ratios, True, kernel), (*first, *second))
+        mixed = many(*problem, [0.9, 0.0, 0.0, 1.0], ratios[1:3], True, kernel)
+        assert equal(mixed, (*first, *second))
+        expected = reference.transform(*problem)
+        assert torch.equal(transform(*problem, torch.float16, kernel), expected.half())
+    with pytest.raises(ValueError, match="kernel_name must be 'auto' or 'reference'.*got 'simt'"):
+        many(*problem, [1.0, 1.0], [], False, "simt")
+    with pytest.raises(ValueError, match="kernel_name must be 'auto' or 'reference'.*got 'simt'"):
+        transform(*problem, torch.float32, "simt")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_new_operators_refuse_what_the_public_functions_refuse(device: str) -> None:
+    x, left, right = (torch.empty(n, n, device=device) for n in (16, 4, 4))
+    ratio = torch.ones((), device=device)
+    for numbers in ([], [1.0], [1.0] * 18, [0.0] * 18):
+        message = f"clip_ratios must hold 1 to 8 pairs, got {len(numbers)} numbers"
+        with pytest.raises(ValueError, match=message):
+            many(x, left, right, numbers, [ratio] * len(numbers))
+    for numbers, tensors in (([1.0, 1.0], [ratio]), ([1.0, 0.0], []), ([0.0, 0.0], [ratio])):
+        message = f"one for each 0 in clip_ratios, {numbers.count(0.0)}, got {len(tensors)}"
+        with pytest.raises(ValueError, match=message):
+            many(x, left, right, numbers, tensors)
+    with pytest.raises(ValueError, match="clip_ratios must be finite and > 0"):
+        many(x, left, right, [1.0, -1.0], [])
+    with pytest.raises(TypeError, match="device_clip_ratios must hold one torch.float32"):
+        many(x, left, right, [0.0, 0.0], [ratio, ratio.half()])
+    with pytest.raises(ValueError, match="left_trans must be a square matrix"):
+        many(x, left[:3], None, [1.0, 1.0], [])
+    with pytest.raises(ValueError, match="multiple of 4 features"):
+        transform(x[:, :15], None, right, torch.float32)
+    with pytest.raises(ValueError, match="must not both be None"):
+        transform(x, None, None, torch.float32)
+    with pytest.raises(TypeError, match="out_dtype must be .*, got torch.float64"):
+        transform(x, left, right, torch.float64)
 
 
 def test_the_operator_runs_the_reference_on_cpu_tensors() -> None:
@@ -108,6 +184,24 @@ def direct(x: Tensor, left: Tensor, right: Tensor, clip_ratio: float) -> tuple[T
     return quantized + 1, scales * 2
 
 
+def public_many(x: Tensor, left: Tensor, right: Tensor, clip_ratio: float) -> tuple[Tensor, ...]:
+    use_cuda = x.device.type == "cuda"
+    clips = [1.0, (clip_ratio, 1.0), clip_ratio, 1.0]
+    outputs = flatquant_dynamic_quantize_many(x * 2, left, None, clips, True, use_cuda)
+    y = kronecker_transform(x, None, right, torch.float32, use_cuda)
+    return (*(tensor + 1 for output in outputs for tensor in output), y * 2)
+
+
+def public_tensors(x: Tensor, left: Tensor, right: Tensor, clip_ratio: float) -> Any:
+    use_cuda = x.device.type == "cuda"
+    ratio = left.float().abs().amax() / 4 + clip_ratio
+    outputs = flatquant_dynamic_quantize_many(
+        x * 2, left, right, [ratio, (clip_ratio, ratio), (ratio, ratio)], True, use_cuda
+    )
+    plain = fake_quantize(x, None, None, (ratio, 1.0), use_cuda=use_cuda)
+    return (*(tensor + 1 for output in outputs for tensor in output), plain)
+
+
 BACKENDS = [
     "aot_eager",
     pytest.param(
@@ -119,7 +213,7 @@ BACKENDS = [
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("function", [public, direct])
+@pytest.mark.parametrize("function", [public, direct, public_many, public_tensors])
 def test_compiled_functions_take_changing_token_counts_without_recompiling(
     function: Any, backend: str, device: str
 ) -> None:
@@ -164,14 +258,32 @@ class Quantizer(torch.nn.Module):
         self.register_buffer("left", left)
         self.register_buffer("right", right)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return operator(x, self.left, self.right, 0.9, True)
 
 
+class ManyQuantizer(Quantizer):
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        super().__init__(left, right)
+        self.register_buffer("ratio", torch.full((1,), 0.7, device=left.device))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        ratios = [self.ratio, self.ratio, self.ratio, self.ratio]
+        return (
+            *many(x, self.left, self.right, [0.9, 0.8, 1.0, 1.0], [], True),
+            *many(x, None, self.right, [0.0] * 4, ratios),
+            *many(x, self.left, None, [0.0, 0.5], ratios[:1]),
+            transform(x, self.left, None, torch.bfloat16),
+        )
+
+
 @pytest.mark.parametrize("device", DEVICES)
-def test_an_exported_program_survives_saving_and_takes_any_token_count(device: str) -> None:
+@pytest.mark.parametrize("kind", [Quantizer, ManyQuantizer])
+def test_an_exported_program_survives_saving_and_takes_any_token_count(
+    kind: type[Quantizer], device: str
+) -> None:
     problem = random_problem(8, 16, 6, torch.float16, device)
-    module = Quantizer(*problem[1:])
+    module = kind(*problem[1:])
     tokens = torch.export.Dim("tokens", min=0)
     program = torch.export.export(module, (problem.input,), dynamic_shapes=({0: tokens},))
     assert "flatquant.dynamic_quantize" in str(program.graph)

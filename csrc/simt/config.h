@@ -27,9 +27,9 @@ struct Plan {
   int row_chunks = 1, col_chunks = 1;
   int threads = 0;
   int left_depth = 0, right_depth = 0;  // rows in shared memory at once of left and X, of right
-  // Shared memory, in floats: maxima, two stages, W of each token (none if w_size is 0). Four more
-  // than a row of W has keep the stores of its transpose off each other's banks.
-  int w_pitch = 0, w_size = 0, stage_size = 0, maxima_size = 0;
+  // Shared memory, in floats: extremes, two stages, W of each token (none if w_size is 0). Four
+  // more than a row of W has keep the stores of its transpose off each other's banks.
+  int w_pitch = 0, w_size = 0, stage_size = 0, extremes_size = 0;
   int shared_bytes = 0;
 
   constexpr Plan(int rows, int cols, int shared_limit) {
@@ -62,8 +62,8 @@ struct Plan {
     w_pitch = tile * tile_rows + 4;
     w_size = kept_cols * w_pitch;
     stage_size = left_stage > right_stage ? left_stage : right_stage;
-    maxima_size = divide_up(tokens, 4) * 4;
-    shared_bytes = 4 * (maxima_size + 2 * stage_size + tokens * w_size);
+    extremes_size = divide_up(2 * tokens, 4) * 4;
+    shared_bytes = 4 * (extremes_size + 2 * stage_size + tokens * w_size);
     return shared_bytes <= shared_limit;
   }
 };

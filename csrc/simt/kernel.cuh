@@ -5,58 +5,23 @@
 //   Y = W @ right      W lies in shared memory, transposed, in float; right's rows pass through
 // Both are sums over k of a[k]^T b[k], rows of a and b being contiguous. Each thread holds 8 x 8
 // sums of one token: 64 FMAs share four 16-byte loads, and the FMA units are what binds it. Two
-// stages let the next tile arrive while one is used; codes leave from the registers.
+// stages let the next tile arrive while one is used; codes leave from the registers, for one output
+// after the other. The product with a factor that is not there is left out.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "elements.cuh"
+#include "outputs.cuh"
 #include "problem.h"
 #include "quantize.cuh"
 #include "simt/config.h"
 
 namespace flatquant::simt {
 
-// Four neighbouring elements as they lie in memory.
+// Whether a row of `cols` elements can be loaded four at a time from this element on, and the rows
+// after it.
 template <class Element>
-struct alignas(4 * sizeof(Element)) Four {
-  uint32_t words[sizeof(Element)];
-};
-
-__device__ __forceinline__ float4 to_floats(const Four<float>& four) {
-  const uint32_t (&words)[4] = four.words;
-  return make_float4(bits_float(words[0]), bits_float(words[1]), bits_float(words[2]),
-                     bits_float(words[3]));
-}
-__device__ __forceinline__ float4 to_floats(const Four<__half>& four) {
-  const float2 low = __half22float2(reinterpret_cast<const __half2&>(four.words[0]));
-  const float2 high = __half22float2(reinterpret_cast<const __half2&>(four.words[1]));
-  return make_float4(low.x, low.y, high.x, high.y);
-}
-__device__ __forceinline__ float4 to_floats(const Four<__nv_bfloat16>& four) {
-  const uint32_t (&words)[2] = four.words;
-  return make_float4(bits_float(words[0] << 16), bits_float(words[0] & 0xffff0000u),
-                     bits_float(words[1] << 16), bits_float(words[1] & 0xffff0000u));
-}
-
-template <class Element>
-__device__ __forceinline__ Four<Element> load_four(const Element* from) {
-  return *reinterpret_cast<const Four<Element>*>(from);
-}
-// The same of any address, and only the first `count`; the rest are zeros.
-template <class Element>
-__device__ __forceinline__ Four<Element> load_up_to_four(const Element* from, int count) {
-  Four<Element> four = {};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (i >= count) break;
-    if constexpr (sizeof(Element) == 4) {
-      four.words[i] = reinterpret_cast<const uint32_t*>(from)[i];
-    } else {
-      four.words[i / 2] |= reinterpret_cast<const uint16_t*>(from)[i] << (i % 2 * 16);
-    }
-  }
-  return four;
+__device__ __forceinline__ bool in_fours(const Element* from, int cols) {
+  return cols % 4 == 0 && reinterpret_cast<uintptr_t>(from) % sizeof(Elements<Element, 4>) == 0;
 }
 
 // Brings tiles of a row-major matrix to shared memory, as float. This thread brings two groups of
@@ -73,8 +38,7 @@ class Courier {
         cols_left_(cols - first_col - col),
         group_step_(group_step),
         to_(takes_part ? row * tile_pitch + col : -1),
-        in_fours_(cols % 4 == 0 &&
-                  reinterpret_cast<uintptr_t>(from_) % sizeof(Four<Element>) == 0) {}
+        in_fours_(in_fours(from_, cols)) {}
 
   // From the tile that begins at row k to registers. What is outside the matrix stays as it was:
   // sums that it takes part in are not used.
@@ -86,21 +50,26 @@ class Courier {
       const int begin = group * group_step_;
       if (begin >= cols_left_) break;
       groups_[group] =
-          in_fours_ ? load_four(from + begin) : load_up_to_four(from + begin, cols_left_ - begin);
+          in_fours_ ? load<4>(from + begin) : load_up_to<4>(from + begin, cols_left_ - begin);
     }
   }
 
   __device__ void deliver(float* stage) const {
     if (to_ < 0) return;
-    *reinterpret_cast<float4*>(stage + to_) = to_floats(groups_[0]);
-    *reinterpret_cast<float4*>(stage + to_ + group_step_) = to_floats(groups_[1]);
+#pragma unroll
+    for (int group = 0; group < 2; ++group) {
+      float values[4];
+      to_floats(values, groups_[group]);
+      *reinterpret_cast<float4*>(stage + to_ + group * group_step_) =
+          make_float4(values[0], values[1], values[2], values[3]);
+    }
   }
 
  private:
   const Element* from_;
   int cols_, rows_left_, cols_left_, group_step_, to_;
   bool in_fours_;
-  Four<Element> groups_[2] = {};
+  Elements<Element, 4> groups_[2] = {};
 };
 
 using Sums = float[tile][tile];
@@ -167,6 +136,15 @@ __device__ __noinline__ inline void store_unaligned(void* token_codes, bool pack
   }
 }
 
+__device__ __forceinline__ uint32_t pack_four(const float (&values)[4], const TokenScale& scale,
+                                              bool packed) {
+  if (!scale.clamps) {
+    return packed ? pack_int4<Clamp::none>(values, scale) : pack_int8<Clamp::none>(values, scale);
+  }
+  return packed ? pack_int4<Clamp::saturated>(values, scale)
+                : pack_int8<Clamp::saturated>(values, scale);
+}
+
 template <class Element>
 __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, const Plan plan) {
   extern __shared__ float4 memory[];
@@ -184,8 +162,9 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
   const int64_t token = static_cast<int64_t>(blockIdx.x) * plan.tokens + member;
   const bool has_token = has_tile && token < problem.tokens;
 
-  auto* const maxima = reinterpret_cast<uint32_t*>(memory);  // max|Y| of each token, as bits
-  float* const stages = reinterpret_cast<float*>(memory) + plan.maxima_size;
+  auto* const highs = reinterpret_cast<int32_t*>(memory);  // Extremes of Y of each token
+  auto* const lows = reinterpret_cast<uint32_t*>(highs + plan.tokens);
+  float* const stages = reinterpret_cast<float*>(memory) + plan.extremes_size;
   float* const w = stages + 2 * plan.stage_size + member * plan.w_size;  // (cols, w_pitch)
   // A stage holds `depth` rows of the first factor (a_pitch) and then of the second (b_pitch).
   auto stage_a = [&](int stage) { return stages + stage * plan.stage_size; };
@@ -195,31 +174,47 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
   const auto* const left = static_cast<const Element*>(problem.left);
   const auto* const right = static_cast<const Element*>(problem.right);
 
-  if (thread < plan.tokens) maxima[thread] = 0;
+  if (thread < plan.tokens) highs[thread] = lows[thread] = 0;
   const bool packed = problem.storage == Storage::int32;
   const int token_bytes = packed ? rows * cols / 2 : rows * cols;
   if (packed && cols % 4 != 0 && has_token) {
-    auto* const words = static_cast<uint32_t*>(problem.codes) + token * (token_bytes / 4);
-    for (int i = thread % token_threads; i < token_bytes / 4; i += token_threads) words[i] = 0;
+    for (int output = 0; output < problem.output_count; ++output) {
+      auto* const words =
+          static_cast<uint32_t*>(problem.outputs[output].codes) + token * (token_bytes / 4);
+      for (int i = thread % token_threads; i < token_bytes / 4; i += token_threads) words[i] = 0;
+    }
   }
 
   Sums sums;
+  const bool keeps_w = plan.w_size != 0, stores_y = problem.output_count == 0;
   const int chunks = plan.row_chunks * plan.col_chunks;
-  for (int step = 0; step < 2 * chunks - 1; ++step) {
-    // First all chunks for the maximum, then back from the last, which still is in the registers.
+  for (int step = 0; step < (stores_y ? chunks : 2 * chunks - 1); ++step) {
+    // First all chunks for the extremes, then back from the last, which still is in the registers.
     const int chunk = smaller(step, 2 * (chunks - 1) - step);
     const int first_row = chunk / plan.col_chunks * a_pitch;
     const int first_col = chunk % plan.col_chunks * b_pitch;
+    const int row = first_row + tile * tile_row, col = first_col + 4 * tile_col;
 
-    if (plan.w_size != 0) {
+    clear(sums);
+    if (left == nullptr && keeps_w) {
+#pragma unroll
+      for (int i = 0; i < 2 * tile; ++i) {
+        const int x_row = row + i / 2, x_col = col + i % 2 * half_b;
+        if (!has_token || x_row >= rows || x_col >= cols) continue;
+        const Element* const from = x + x_row * cols + x_col;
+        float values[4];
+        to_floats(values, in_fours(from, cols) ? load<4>(from) : load_up_to<4>(from, cols - x_col));
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sums[i / 2][4 * (i % 2) + c] = values[c];
+      }
+    } else if (right == nullptr || keeps_w) {
       const int depth = plan.left_depth;
       Courier<Element> left_rows(left, rows, rows, first_row, thread / plan.tile_rows,
                                  4 * (thread % plan.tile_rows), a_pitch / 2, a_pitch,
                                  thread < depth * plan.tile_rows);
-      Courier<Element> x_rows(x, rows, cols, 0, tile_row, 4 * tile_col, half_b, b_pitch,
+      Courier<Element> x_rows(x, rows, cols, first_col, tile_row, 4 * tile_col, half_b, b_pitch,
                               has_token && tile_row < depth);
       auto stage_x = [&](int stage) { return stage_b(stage, depth) + member * depth * b_pitch; };
-      clear(sums);
       for_each_tile(
           rows, depth,
           [&](int k) {
@@ -234,82 +229,106 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
             multiply(sums, stage_a(stage) + tile * tile_row, a_pitch, stage_x(stage) + 4 * tile_col,
                      b_pitch, half_b, count);
           });
+    }
+    if (right != nullptr && keeps_w) {
 #pragma unroll
       for (int c = 0; c < tile; ++c) {
-        const int col = 4 * tile_col + (c < 4 ? c : half_b + c - 4);
-        if (!has_tile || col >= cols) continue;
-        auto* const to = reinterpret_cast<float4*>(w + col * plan.w_pitch + tile * tile_row);
+        const int w_col = col + (c < 4 ? c : half_b + c - 4);
+        if (!has_tile || w_col >= cols) continue;
+        auto* const to = reinterpret_cast<float4*>(w + w_col * plan.w_pitch + tile * tile_row);
         to[0] = make_float4(sums[0][c], sums[1][c], sums[2][c], sums[3][c]);
         to[1] = make_float4(sums[4][c], sums[5][c], sums[6][c], sums[7][c]);
       }
     }
 
-    const int depth = plan.right_depth;
-    Courier<Element> right_rows(right, cols, cols, first_col, thread / plan.tile_cols, 4 * tile_col,
-                                half_b, b_pitch, thread < depth * plan.tile_cols);
-    clear(sums);
-    for_each_tile(
-        cols, depth, [&](int k) { right_rows.fetch(k); },
-        [&](int stage, int k) {
-          right_rows.deliver(stage_b(stage, depth));
-          if (plan.w_size != 0) return;
-          // There is no room for W: compute the columns of it that this tile needs.
-          for (int i = thread; i < depth * a_pitch; i += plan.threads) {
-            const int row = first_row + i % a_pitch, col = k + i / a_pitch;
-            float sum = 0.0f;
-            for (int j = 0; j < rows && row < rows && col < cols; ++j) {
-              sum = fmaf(static_cast<float>(left[j * rows + row]),
-                         static_cast<float>(x[j * cols + col]), sum);
+    if (right != nullptr) {
+      const int depth = plan.right_depth;
+      Courier<Element> right_rows(right, cols, cols, first_col, thread / plan.tile_cols,
+                                  4 * tile_col, half_b, b_pitch, thread < depth * plan.tile_cols);
+      clear(sums);
+      for_each_tile(
+          cols, depth, [&](int k) { right_rows.fetch(k); },
+          [&](int stage, int k) {
+            right_rows.deliver(stage_b(stage, depth));
+            if (keeps_w) return;
+            // There is no room for W: compute the columns of it that this tile needs.
+            for (int i = thread; i < depth * a_pitch; i += plan.threads) {
+              const int w_row = first_row + i % a_pitch, w_col = k + i / a_pitch;
+              float sum = 0.0f;
+              if (w_row < rows && w_col < cols) {
+                if (left == nullptr) sum = static_cast<float>(x[w_row * cols + w_col]);
+                for (int j = 0; left != nullptr && j < rows; ++j) {
+                  sum = fmaf(static_cast<float>(left[j * rows + w_row]),
+                             static_cast<float>(x[j * cols + w_col]), sum);
+                }
+              }
+              stage_a(stage)[i] = sum;
             }
-            stage_a(stage)[i] = sum;
-          }
-        },
-        [&](int stage, int k, int count) {
-          const bool from_w = plan.w_size != 0;
-          multiply(sums, (from_w ? w + k * plan.w_pitch : stage_a(stage)) + tile * tile_row,
-                   from_w ? plan.w_pitch : a_pitch, stage_b(stage, depth) + 4 * tile_col, b_pitch,
-                   half_b, count);
-        });
+          },
+          [&](int stage, int k, int count) {
+            multiply(sums, (keeps_w ? w + k * plan.w_pitch : stage_a(stage)) + tile * tile_row,
+                     keeps_w ? plan.w_pitch : a_pitch, stage_b(stage, depth) + 4 * tile_col,
+                     b_pitch, half_b, count);
+          });
+    }
 
-    const int row = first_row + tile * tile_row, col = first_col + 4 * tile_col;
-    float max = 0.0f;
+    // Calls use(values, feature, count) for all groups of four neighbouring sums, of which the
+    // first `count` exist.
+    auto for_each_four = [&](auto use) {
+#pragma unroll
+      for (int i = 0; i < 2 * tile; ++i) {
+        const int group = i % 2, y_row = row + i / 2, y_col = col + group * half_b;
+        if (y_row >= rows || y_col >= cols) continue;
+        const float (&sums_of_row)[tile] = sums[i / 2];
+        const float values[4] = {sums_of_row[4 * group], sums_of_row[4 * group + 1],
+                                 sums_of_row[4 * group + 2], sums_of_row[4 * group + 3]};
+        use(values, y_row * cols + y_col, cols - y_col);
+      }
+    };
+    if (stores_y) {
+      if (!has_token) continue;
+      for_each_four([&](const float (&values)[4], int feature, int count) {
+        store_values(problem.transformed_dtype, problem.transformed, token * rows * cols + feature,
+                     values, count);
+      });
+      continue;
+    }
+
+    Extremes own;
 #pragma unroll
     for (int r = 0; r < tile; ++r) {
 #pragma unroll
       for (int c = 0; c < tile; ++c) {
         const bool inside = row + r < rows && col + (c < 4 ? c : half_b + c - 4) < cols;
         if (!inside) sums[r][c] = 0.0f;
-        max = absmax(max, sums[r][c]);
+        own.include(sums[r][c]);
       }
     }
-    if (step < chunks && has_token) atomicMax(&maxima[member], float_bits(max));
+    if (step < chunks && has_token) {
+      atomicMax(&highs[member], own.high);
+      atomicMax(&lows[member], own.low);
+    }
     if (step < chunks - 1) continue;
     if (step == chunks - 1) __syncthreads();
     if (!has_token) continue;
 
-    const TokenScale scale(bits_float(maxima[member]), problem.clip_ratio);
-    if (chunk == 0 && tile_row == 0 && tile_col == 0) problem.scales[token] = scale.scale;
-    auto* const codes = static_cast<unsigned char*>(problem.codes) + token * token_bytes;
-#pragma unroll
-    for (int i = 0; i < 2 * tile; ++i) {
-      const int group = i % 2, group_row = row + i / 2, group_col = col + group * half_b;
-      if (group_row >= rows || group_col >= cols) continue;
-      float values[4];
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        values[c] = sums[i / 2][4 * group + c];
-        if (scale.needs_prepare) values[c] = scale.prepare(values[c]);
-      }
-      const uint32_t four =
-          packed ? pack_int4(values, scale.inverse) : pack_int8(values, scale.inverse);
-      const int feature = group_row * cols + group_col;
-      if (cols % 4 != 0) {
-        store_unaligned(codes, packed, feature, cols - group_col, four);
-      } else if (packed) {
-        reinterpret_cast<uint16_t*>(codes)[feature / 4] = static_cast<uint16_t>(four);
-      } else {
-        reinterpret_cast<uint32_t*>(codes)[feature / 4] = four;
-      }
+    const Extremes extremes{highs[member], lows[member]};
+#pragma unroll 1
+    for (int i = 0; i < problem.output_count; ++i) {
+      const Output& output = problem.outputs[i];
+      const TokenScale scale = Ratios(output).scale(extremes, false);
+      if (chunk == 0 && tile_row == 0 && tile_col == 0) output.scales[token] = scale.scale;
+      auto* const codes = static_cast<unsigned char*>(output.codes) + token * token_bytes;
+      for_each_four([&](const float (&values)[4], int feature, int count) {
+        const uint32_t four = pack_four(values, scale, packed);
+        if (cols % 4 != 0) {
+          store_unaligned(codes, packed, feature, count, four);
+        } else if (packed) {
+          reinterpret_cast<uint16_t*>(codes)[feature / 4] = static_cast<uint16_t>(four);
+        } else {
+          reinterpret_cast<uint32_t*>(codes)[feature / 4] = four;
+        }
+      });
     }
   }
 }

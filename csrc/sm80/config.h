@@ -36,7 +36,7 @@ constexpr int pitch(int cols) { return cols + 8; }
 constexpr int max_stages = 8;
 constexpr int slice_rows = 32;  // of a streamed factor or token
 
-// How a problem runs on a device. Offsets and bytes are of shared memory, in this order: a maximum
+// How a problem runs on a device. Offsets and bytes are of shared memory, in this order: extremes
 // for each warp, scratch for each warp, then for the resident kernel left, right and the ring of
 // stages, one token each; for the streamed one the ring of slices.
 struct Plan {
@@ -53,7 +53,7 @@ struct Plan {
   int ring_offset = 0, stage_bytes = 0;
   int shared_bytes = 0;
 
-  static constexpr int scratch_offset = 16 * 4;
+  static constexpr int scratch_offset = 16 * 8;
 
   constexpr Plan(int rows, int n, int shared_limit) : Plan(rows, n, false) {
     if (cols != 0) fit_resident(rows, shared_limit);

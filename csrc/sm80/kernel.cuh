@@ -3,13 +3,15 @@
 //   W = left^T @ X    A = left^T, B = X as it lies, W rounded to the input's dtype
 //   Y = W @ right     A = W (registers: an accumulator fragment is an A fragment), B = right
 // A warp computes 16 or 32 rows of W and Y for all columns, so a token takes a group of warps, and
-// a token of at most 32 rows a single one. The epilogue reduces max|Y| over the group, then
-// quantises the accumulators; the token is read once and its codes are written once.
+// a token of at most 32 rows a single one. The epilogue reduces the extremes of Y over the group,
+// then quantises the accumulators, for one output after the other; the token is read once and its
+// codes are written once. Without a left factor the identity is staged, as W is then X to the bit;
+// without a right one W is Y, and lanes exchange its columns instead.
 // resident_kernel: the factors stay in shared memory; a block is groups that work on different
 // tokens, each with a ring of stages that it fills itself by cp.async.
 // streamed_kernel: for factors that do not fit; the block works on one token and takes left, X and
 // right from a ring of slices of 32 rows, out of L2. Tokens of more rows than the registers can
-// hold go in passes: all but the last are computed a second time, once max|Y| is known.
+// hold go in passes: all but the last are computed a second time, once the extremes are known.
 // Bound by memory, by shared memory's bandwidth (a B fragment is read for 16 or 32 rows), or by
 // tensor cores where rows + cols is large.
 #pragma once
@@ -83,6 +85,27 @@ __device__ __forceinline__ void copy_matrix(int unit, Element* shared, int pitch
   }
 }
 
+// Rows of the left factor from `first_row` on, padded likewise, by the block; rows of the identity
+// if it is not there.
+template <class Element>
+__device__ __forceinline__ void copy_left(int unit, Element* shared, int pitch,
+                                          const Problem& problem, int first_row, Extent padded) {
+  const Team team = block_team();
+  if (problem.left != nullptr) {
+    copy_matrix<32>(unit, shared, pitch,
+                    static_cast<const Element*>(problem.left) + first_row * problem.rows,
+                    {problem.rows - first_row, problem.rows}, padded, team, InPlace());
+    return;
+  }
+#pragma unroll 1
+  for (int pair = team.thread; pair < padded.rows * padded.cols / 2; pair += team.threads) {
+    const int row = pair / (padded.cols / 2), col = pair % (padded.cols / 2) * 2;
+    const int one = first_row + row;
+    *reinterpret_cast<uint32_t*>(shared + row * pitch + col) =
+        pack_pair(Element(), col == one ? 1.0f : 0.0f, col + 1 == one ? 1.0f : 0.0f);
+  }
+}
+
 // A token, padded with zeros to (depth, cols).
 template <class Config, class Element>
 __device__ __forceinline__ void copy_token(int unit, Element* shared, const Element* token,
@@ -104,10 +127,6 @@ __device__ __forceinline__ void copy_token(int unit, Element* shared, const Elem
 // Accumulators of a warp's rows, a tile of 16 rows after the other (see fragment.cuh).
 template <class Config>
 using Accumulators = float[Config::row_tiles][Config::cols / 2];
-
-// W as A fragments.
-template <class Config>
-using Fragments = uint32_t[Config::row_tiles][Config::cols / 4];
 
 template <class Config>
 __device__ __forceinline__ void clear(Accumulators<Config>& accumulators) {
@@ -168,46 +187,58 @@ __device__ __forceinline__ void first_product(Accumulators<Config>& w,
   }
 }
 
-// y += W[:, k .. k + 15] @ right[k .. k + 15, :].
-template <class Config>
-__device__ __forceinline__ void second_product_step(Accumulators<Config>& y,
-                                                    const Fragments<Config>& w, int k,
-                                                    const typename Config::Element* right) {
-  const uint32_t* pointers[Config::row_tiles];
+// Y from W; right_rows(k) is rows k to k + 15 of right, at this lane's offset, for each k in turn.
+// Calls in_between() where least is held in registers.
+template <class Config, Outputs outputs, class Between, class RightRows>
+__device__ __forceinline__ void second_product(Accumulators<Config>& y,
+                                               const Accumulators<Config>& w,
+                                               const Problem& problem, Between in_between,
+                                               RightRows right_rows) {
+  if (outputs == Outputs::any && problem.right == nullptr) {
 #pragma unroll
-  for (int tile = 0; tile < Config::row_tiles; ++tile) pointers[tile] = &w[tile][k / 4];
-  multiply<Config>(y, pointers, right);
-}
-
-template <class Config>
-__device__ __forceinline__ void to_fragments(Fragments<Config>& fragments,
-                                             const Accumulators<Config>& w) {
+    for (int tile = 0; tile < Config::row_tiles; ++tile) {
+      to_column_order(y[tile], w[tile], static_cast<int>(threadIdx.x % 4));
+    }
+    in_between();
+    return;
+  }
+  uint32_t a[Config::row_tiles][Config::cols / 4];  // W as A fragments
 #pragma unroll
   for (int tile = 0; tile < Config::row_tiles; ++tile) {
 #pragma unroll
     for (int i = 0; i < Config::cols / 4; ++i) {
-      fragments[tile][i] =
-          pack_pair(typename Config::Element(), w[tile][2 * i], w[tile][2 * i + 1]);
+      a[tile][i] = pack_pair(typename Config::Element(), w[tile][2 * i], w[tile][2 * i + 1]);
     }
   }
-}
-
-template <class Config>
-__device__ void exact_transform(Accumulators<Config>& y, const Problem& problem, int64_t token,
-                                ThreadRows thread) {
+  in_between();
+  clear<Config>(y);
 #pragma unroll
-  for (int tile = 0; tile < Config::row_tiles; ++tile) {
-    exact_transform<typename Config::Element>(
-        y[tile], problem, token, ThreadRows{thread.first_row + 16 * tile, thread.quad_lane});
+  for (int k = 0; k < Config::cols; k += 16) {
+    const uint32_t* pointers[Config::row_tiles];
+#pragma unroll
+    for (int tile = 0; tile < Config::row_tiles; ++tile) pointers[tile] = &a[tile][k / 4];
+    multiply<Config>(y, pointers, right_rows(k));
   }
 }
 
 // --- epilogue ---
 
-// This thread's rows of a warp's, the first of which is `row`.
+// This thread's rows of a warp's, the first of which is `row`. The compiler may not know the lane:
+// it would compute addresses from it ahead of the products, and spill them.
 __device__ __forceinline__ ThreadRows thread_rows(int row) {
-  const int lane = threadIdx.x % 32;
+  int lane = threadIdx.x % 32;
+  asm volatile("" : "+r"(lane));
   return {row + lane / 4, lane % 4};
+}
+
+template <class Config>
+__device__ void exact_transform(Accumulators<Config>& y, const Problem& problem, int64_t token,
+                                int row) {
+#pragma unroll
+  for (int tile = 0; tile < Config::row_tiles; ++tile) {
+    exact_transform<typename Config::Element>(y[tile], problem, token,
+                                              thread_rows(row + 16 * tile));
+  }
 }
 
 // The warps that work on one token.
@@ -233,52 +264,85 @@ struct Group {
   }
 };
 
-template <class Config>
-__device__ __forceinline__ float tiles_absmax(const Accumulators<Config>& y) {
-  float max = absmax(y[0]);
-  if constexpr (Config::row_tiles == 2) max = absmax(max, absmax(y[1]));
-  return max;
+template <class Config, class Reduced>
+__device__ __forceinline__ Reduced reduce_tiles(const Accumulators<Config>& y) {
+  Reduced result = reduce<Reduced>(y[0]);
+  if constexpr (Config::row_tiles == 2) result.include(reduce<Reduced>(y[1]));
+  return result;
 }
 
-// The largest of the group's values, NaN if there is one. `maxima` has a place for each of the
-// group's warps, which may be used again after the group's next barrier.
-__device__ __forceinline__ float group_max(float max, float* maxima, const Group& group) {
-  max = warp_max(max);
-  if (group.warps > 1 && threadIdx.x % 32 == 0) maxima[group.warp] = max;
+// Of all values of the group. `all` has a place for each of its warps, which may be used again
+// after the group's next barrier.
+template <class Reduced>
+__device__ __forceinline__ Reduced reduce_group(Reduced own, Reduced* all, const Group& group) {
+  Reduced result = warp_reduce(own);
+  if (group.warps > 1 && threadIdx.x % 32 == 0) all[group.warp] = result;
   group.sync();
   if (group.warps > 1) {
-    for (int warp = 0; warp < group.warps; ++warp) max = absmax(max, maxima[warp]);
+    for (int warp = 0; warp < group.warps; ++warp) result.include(all[warp]);
   }
-  return max;
+  return result;
 }
 
-// Codes of a warp's rows; changes y.
+template <class Reduced>
+__device__ __forceinline__ bool is_finite(const Reduced& reduced) {
+  return reduced.magnitude() < INFINITY;
+}
+
+// Codes of a warp's rows, the first of which is `row`.
 template <class Config>
-__device__ __forceinline__ void quantize(Accumulators<Config>& y, const TokenScale& scale,
-                                         const Problem& problem, int64_t token, ThreadRows thread,
-                                         unsigned char* scratch) {
+__device__ __forceinline__ void store_codes(const Accumulators<Config>& y, const TokenScale& scale,
+                                            const Problem& problem, void* codes, int64_t token,
+                                            int row, unsigned char* scratch) {
+  with_clamp<false>(scale, [&](auto clamp) {
 #pragma unroll
-  for (int tile = 0; tile < Config::row_tiles; ++tile) {
-    const ThreadRows rows{thread.first_row + 16 * tile, thread.quad_lane};
-    if (scale.needs_prepare) {
+    for (int tile = 0; tile < Config::row_tiles; ++tile) {
+      const ThreadRows rows = thread_rows(row + 16 * tile);
+      if (problem.cols % 8 != 0) {
+        store_codes_of_any_cols<Config::cols, clamp()>(y[tile], scale, problem, codes, token, rows,
+                                                       scratch);
+      } else if (problem.storage == Storage::int32) {
+        flatquant::store_codes<Config::cols, Storage::int32, clamp()>(y[tile], scale, problem,
+                                                                      codes, token, rows);
+      } else {
+        flatquant::store_codes<Config::cols, Storage::int8, clamp()>(y[tile], scale, problem, codes,
+                                                                     token, rows);
+      }
+    }
+  });
+}
+
+// All that is stored of a warp's rows, the first of which is `row`; `ratios` of lane_output().
+template <class Config, Outputs outputs>
+__device__ __forceinline__ void store(const Accumulators<Config>& y,
+                                      const Reduced<outputs>& reduced, const Ratios& ratios,
+                                      const Problem& problem, int64_t token, int row,
+                                      unsigned char* scratch) {
+  if constexpr (outputs == Outputs::simple) {
+    const Output& output = problem.outputs[0];
+    const float ratio = output.max_ratio;
+    const TokenScale scale(ratio * reduced.max, ratio, ratio, false);
+    if (row == 0 && threadIdx.x % 32 == 0) output.scales[token] = scale.scale;
+    store_codes<Config>(y, scale, problem, output.codes, token, row, scratch);
+  } else if (problem.output_count == 0) {
 #pragma unroll
-      for (int i = 0; i < Config::cols / 2; ++i) y[tile][i] = scale.prepare(y[tile][i]);
+    for (int tile = 0; tile < Config::row_tiles; ++tile) {
+      store_transformed<Config::cols>(y[tile], problem, token, thread_rows(row + 16 * tile));
     }
-    if (problem.cols % 8 != 0) {
-      store_codes_of_any_cols<Config::cols>(y[tile], scale.inverse, problem, token, rows, scratch);
-    } else if (problem.storage == Storage::int32) {
-      store_codes<Config::cols, Storage::int32>(y[tile], scale.inverse, problem, token, rows);
-    } else {
-      store_codes<Config::cols, Storage::int8>(y[tile], scale.inverse, problem, token, rows);
-    }
+  } else {
+    const OutputScales<false> scales(ratios, reduced);
+    if (row == 0) scales.store(problem, token);
+    scales.for_each(problem, [&](void* codes, const TokenScale& scale) {
+      store_codes<Config>(y, scale, problem, codes, token, row, scratch);
+    });
   }
 }
 
 // --- kernels ---
 
-template <class Config>
+template <class Config, Outputs outputs>
 __global__ void __launch_bounds__(Config::max_threads, 1)
-    resident_kernel(const Problem problem, const Plan plan) {
+    resident_kernel(const __grid_constant__ Problem problem, const __grid_constant__ Plan plan) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   using Element = typename Config::Element;
   unsigned char* const memory = dynamic_shared_memory();
@@ -287,7 +351,8 @@ __global__ void __launch_bounds__(Config::max_threads, 1)
   const Group group(plan.warps);
   auto* const ring = reinterpret_cast<Element*>(memory + plan.ring_offset +
                                                 group.index * plan.stages * plan.stage_bytes);
-  float* const maxima = reinterpret_cast<float*>(memory) + group.index * plan.warps;
+  using Reduced = flatquant::Reduced<outputs>;
+  Reduced* const all = reinterpret_cast<Reduced*>(memory) + group.index * plan.warps;
   const int block_warp = group.index * plan.warps + group.warp;
   unsigned char* const scratch = memory + Plan::scratch_offset + block_warp * plan.scratch_bytes;
 
@@ -305,12 +370,13 @@ __global__ void __launch_bounds__(Config::max_threads, 1)
   };
 
   // The factors are in the group of copies of the first token.
-  copy_matrix<32>(copy_unit(problem.left, problem.rows, 0), left, plan.left_pitch,
-                  static_cast<const Element*>(problem.left), {problem.rows, problem.rows},
-                  {depth, plan.left_cols}, block_team(), InPlace());
-  copy_matrix<32>(copy_unit(problem.right, problem.cols, 2), right, Config::pitch,
-                  static_cast<const Element*>(problem.right), {problem.cols, problem.cols},
-                  {Config::cols, Config::cols}, block_team(), Ordered<Config::cols>());
+  copy_left(copy_unit(problem.left, problem.rows, 0), left, plan.left_pitch, problem, 0,
+            {depth, plan.left_cols});
+  if (problem.right != nullptr) {
+    copy_matrix<32>(copy_unit(problem.right, problem.cols, 2), right, Config::pitch,
+                    static_cast<const Element*>(problem.right), {problem.cols, problem.cols},
+                    {Config::cols, Config::cols}, block_team(), Ordered<Config::cols>());
+  }
   // Neighbouring tokens go to different blocks, so that few tokens use many SMs.
   int64_t token = blockIdx.x + static_cast<int64_t>(group.index) * gridDim.x;
   const int64_t step = static_cast<int64_t>(plan.groups) * gridDim.x;
@@ -321,45 +387,36 @@ __global__ void __launch_bounds__(Config::max_threads, 1)
   const int row = group.warp * Config::warp_rows;
   const Element* const a = left + row + a_offset(plan.left_pitch);
   const Element* const b = right + b_offset(Config::pitch);
+  const Ratios ratios(lane_output(problem));
   int stage = 0;
   for (; token < problem.tokens; token += step) {
     cp_async_wait(plan.stages - 1);
     group.sync();
     const int64_t next = token + plan.stages * step;
-    Fragments<Config> fragments;
-    {
-      Accumulators<Config> w;
-      clear<Config>(w);
-      first_product<Config>(w, a, plan.left_pitch,
-                            ring + stage * (plan.stage_bytes / 2) + b_offset(Config::pitch), depth);
-      to_fragments<Config>(fragments, w);
-    }
+    Accumulators<Config> w, y;
+    clear<Config>(w);
+    first_product<Config>(w, a, plan.left_pitch,
+                          ring + stage * (plan.stage_bytes / 2) + b_offset(Config::pitch), depth);
     // An only stage is filled again as early as possible; with more of them that waits for the
-    // barrier of the maximum.
-    if (plan.stages == 1) {
+    // barrier of the extremes.
+    const auto refill = [&] {
+      if (plan.stages != 1) return;
       group.sync();
       load(stage, next);
-    }
-    Accumulators<Config> y;
-    clear<Config>(y);
-#pragma unroll
-    for (int k = 0; k < Config::cols; k += 16) {
-      second_product_step<Config>(y, fragments, k, b + k * Config::pitch);
-    }
-    float max = group_max(tiles_absmax<Config>(y), maxima, group);
+    };
+    second_product<Config, outputs>(y, w, problem, refill,
+                                    [&](int k) { return b + k * Config::pitch; });
+    Reduced reduced = reduce_group(reduce_tiles<Config, Reduced>(y), all, group);
     if (plan.stages > 1) {
       load(stage, next);
       stage = stage + 1 < plan.stages ? stage + 1 : 0;
     }
-    const ThreadRows thread = thread_rows(row);
-    if (!(max < INFINITY)) {
-      exact_transform<Config>(y, problem, token, thread);
+    if (!is_finite(reduced)) {
+      exact_transform<Config>(y, problem, token, row);
       group.sync();
-      max = group_max(tiles_absmax<Config>(y), maxima, group);
+      reduced = reduce_group(reduce_tiles<Config, Reduced>(y), all, group);
     }
-    const TokenScale scale(max, problem.clip_ratio);
-    if (group.team().thread == 0) problem.scales[token] = scale.scale;
-    quantize<Config>(y, scale, problem, token, thread, scratch);
+    store<Config, outputs>(y, reduced, ratios, problem, token, row, scratch);
   }
 #endif
 }
@@ -383,13 +440,12 @@ struct SlicePosition {
 template <class Config>
 struct SliceRing {
   using Element = typename Config::Element;
-  static constexpr int right_slices = (Config::cols + slice_rows - 1) / slice_rows;
 
   const Problem& problem;
   const Plan& plan;
   unsigned char* const memory;
   const int input_unit, left_unit, right_unit;
-  const int token_slices;
+  const int token_slices, right_slices;
   const int steps;
   SlicePosition filled;  // the next to be filled
   int fill_stage = 0, use_stage = 0;
@@ -402,6 +458,7 @@ struct SliceRing {
         left_unit(copy_unit(problem.left, problem.rows, 0)),
         right_unit(copy_unit(problem.right, problem.cols, 2)),
         token_slices(round_up(problem.rows, slice_rows) / slice_rows),
+        right_slices(problem.right ? round_up(Config::cols, slice_rows) / slice_rows : 0),
         steps(2 * plan.passes - 1) {
     for (int i = 1; i < plan.stages; ++i) fill();
   }
@@ -418,10 +475,8 @@ struct SliceRing {
       const int cols = problem.cols;
       if (filled.slice < token_slices) {
         const int first = filled.slice * slice_rows, rows = problem.rows - first;
-        copy_matrix<32>(left_unit, left(fill_stage), plan.left_pitch,
-                        static_cast<const Element*>(problem.left) + first * problem.rows,
-                        {rows, problem.rows}, {slice_rows, plan.left_cols}, block_team(),
-                        InPlace());
+        copy_left(left_unit, left(fill_stage), plan.left_pitch, problem, first,
+                  {slice_rows, plan.left_cols});
         copy_matrix<32>(input_unit, other(fill_stage), Config::pitch,
                         static_cast<const Element*>(problem.input) +
                             filled.token * problem.input_stride + first * cols,
@@ -452,38 +507,33 @@ struct SliceRing {
 };
 
 // Y of a warp's rows, the first of which is `row`.
-template <class Config>
+template <class Config, Outputs outputs>
 __device__ __forceinline__ void transform_slices(Accumulators<Config>& y, SliceRing<Config>& ring,
-                                                 const Plan& plan, int row) {
-  Fragments<Config> fragments;
-  {
-    Accumulators<Config> w;
-    clear<Config>(w);
+                                                 const Problem& problem, const Plan& plan,
+                                                 int row) {
+  Accumulators<Config> w;
+  clear<Config>(w);
 #pragma unroll 1
-    for (int i = 0; i < ring.token_slices; ++i) {
-      const int stage = ring.next();
-      first_product<Config>(w, ring.left(stage) + row + a_offset(plan.left_pitch), plan.left_pitch,
-                            ring.other(stage) + b_offset(Config::pitch), slice_rows);
-    }
-    to_fragments<Config>(fragments, w);
+  for (int i = 0; i < ring.token_slices; ++i) {
+    const int stage = ring.next();
+    first_product<Config>(w, ring.left(stage) + row + a_offset(plan.left_pitch), plan.left_pitch,
+                          ring.other(stage) + b_offset(Config::pitch), slice_rows);
   }
-  clear<Config>(y);
-#pragma unroll
-  for (int first = 0; first < Config::cols; first += slice_rows) {
-    const auto* right = ring.other(ring.next()) + b_offset(Config::pitch);
-#pragma unroll
-    for (int k = 0; k < slice_rows && first + k < Config::cols; k += 16) {
-      second_product_step<Config>(y, fragments, first + k, right + k * Config::pitch);
-    }
-  }
+  const typename Config::Element* slice = nullptr;
+  const auto nothing = [] {};
+  second_product<Config, outputs>(y, w, problem, nothing, [&](int k) {
+    if (k % slice_rows == 0) slice = ring.other(ring.next()) + b_offset(Config::pitch);
+    return slice + k % slice_rows * Config::pitch;
+  });
 }
 
-template <class Config>
+template <class Config, Outputs outputs>
 __global__ void __launch_bounds__(Config::max_threads, 1)
-    streamed_kernel(const Problem problem, const Plan plan) {
+    streamed_kernel(const __grid_constant__ Problem problem, const __grid_constant__ Plan plan) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   unsigned char* const memory = dynamic_shared_memory();
-  float* const maxima = reinterpret_cast<float*>(memory);
+  using Reduced = flatquant::Reduced<outputs>;
+  auto* const all = reinterpret_cast<Reduced*>(memory);
   const Group group(plan.warps);
   unsigned char* const scratch = memory + Plan::scratch_offset + group.warp * plan.scratch_bytes;
   SliceRing<Config> ring(problem, plan, memory + plan.ring_offset);
@@ -492,33 +542,32 @@ __global__ void __launch_bounds__(Config::max_threads, 1)
     return (pass * plan.warps + group.warp) * Config::warp_rows;
   };
 
+  const Ratios ratios(lane_output(problem));
   for (int64_t token = blockIdx.x; token < problem.tokens; token += gridDim.x) {
-    float max = 0.0f;
+    Reduced reduced;
     for (int pass = 0; pass < plan.passes; ++pass) {
-      transform_slices<Config>(y, ring, plan, first_row(pass));
-      max = absmax(max, tiles_absmax<Config>(y));
+      transform_slices<Config, outputs>(y, ring, problem, plan, first_row(pass));
+      reduced.include(reduce_tiles<Config, Reduced>(y));
     }
-    max = group_max(max, maxima, group);
-    const bool is_exact = !(max < INFINITY);
+    reduced = reduce_group(reduced, all, group);
+    const bool is_exact = !is_finite(reduced);
     if (is_exact) {
-      max = 0.0f;
+      reduced = Reduced();
       for (int pass = 0; pass < plan.passes; ++pass) {
-        exact_transform<Config>(y, problem, token, thread_rows(first_row(pass)));
-        max = absmax(max, tiles_absmax<Config>(y));
+        exact_transform<Config>(y, problem, token, first_row(pass));
+        reduced.include(reduce_tiles<Config, Reduced>(y));
       }
       group.sync();
-      max = group_max(max, maxima, group);
+      reduced = reduce_group(reduced, all, group);
     }
-    const TokenScale scale(max, problem.clip_ratio);
-    if (threadIdx.x == 0) problem.scales[token] = scale.scale;
     // The last pass is still there; the others are computed again.
     for (int pass = plan.passes - 1; pass >= 0; --pass) {
-      const ThreadRows thread = thread_rows(first_row(pass));
+      const int row = first_row(pass);
       if (pass != plan.passes - 1) {
-        transform_slices<Config>(y, ring, plan, first_row(pass));
-        if (is_exact) exact_transform<Config>(y, problem, token, thread);
+        transform_slices<Config, outputs>(y, ring, problem, plan, row);
+        if (is_exact) exact_transform<Config>(y, problem, token, row);
       }
-      quantize<Config>(y, scale, problem, token, thread, scratch);
+      store<Config, outputs>(y, reduced, ratios, problem, token, row, scratch);
     }
   }
 #endif

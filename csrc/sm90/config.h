@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "problem.h"
+
 namespace flatquant::sm90 {
 
 // A shape class: tokens of up to depth rows and cols columns. wgmma takes K in steps of 16, so
@@ -31,9 +33,38 @@ constexpr int find_shape_class(int rows, int cols) {
   return -1;
 }
 
+// Multiply-adds of a token in its class, the padded ones too.
+constexpr int work(int rows, int cols) {
+  const ShapeClass shape = shape_classes[find_shape_class(rows, cols)];
+  return 64 * shape.row_tiles() * shape.cols * (shape.depth + shape.cols);
+}
+
 // The copy engine reads rows in units of 16 bytes.
 constexpr bool serves(int rows, int cols) {
   return rows >= 1 && cols >= 1 && cols % 8 == 0 && find_shape_class(rows, cols) >= 0;
+}
+
+// With one factor only, rows can be cut or joined: left^T @ X is kron(left, I)^T @ X' for X' of
+// `repeats` times the rows, X @ right is X' @ kron(I, right) for X' of so many times the columns.
+// Returns the problem in the sizes of least work: a token of 32 x 128 without a right factor takes
+// half of a tile's rows, one of 64 x 64 all.
+constexpr Problem regrouped(const Problem& problem) {
+  Problem best = problem;
+  if ((problem.left == nullptr) == (problem.right == nullptr)) return best;
+  const bool cuts = problem.right == nullptr;
+  const int most = cuts ? problem.cols : problem.rows;
+  for (int repeats = 2; repeats <= most; ++repeats) {
+    if (most % repeats != 0) continue;
+    Problem other = problem;
+    other.rows = cuts ? problem.rows * repeats : problem.rows / repeats;
+    other.cols = cuts ? problem.cols / repeats : problem.cols * repeats;
+    (cuts ? other.left_repeats : other.right_repeats) = repeats;
+    if (serves(other.rows, other.cols) &&
+        work(other.rows, other.cols) < work(best.rows, best.cols)) {
+      best = other;
+    }
+  }
+  return best;
 }
 
 // All matrices in shared memory are operands of 2-byte elements with k as their row: the left
@@ -94,11 +125,12 @@ struct Config {
   static constexpr int threads = groups * group_threads;
   static constexpr bool overlaps = sm90::overlaps(row_tiles, cols);
 
-  // Shared memory: SharedStorage in the first KiB, then right, left and the ring of tokens.
+  // Shared memory: SharedStorage, then right, left and the ring of tokens.
   static constexpr int width = Panel::width(cols);
   static constexpr int panel_cols = (cols + width - 1) / width * width;  // in whole panels
   static constexpr int token_bytes = depth * panel_cols * 2;
-  static constexpr int right_offset = 1024;
+  // Two KiB where the stages are many.
+  static constexpr int right_offset = token_bytes <= 2048 ? 2048 : 1024;
   static constexpr int left_offset = right_offset + (cols * panel_cols * 2 + 1023) / 1024 * 1024;
   static constexpr int ring_offset = left_offset + depth * 64 * row_tiles * 2;
   static constexpr int stage_bytes = (token_bytes + 1023) / 1024 * 1024;

@@ -4,12 +4,16 @@
 // A block is groups of row_tiles warpgroups; a group works on one token, each of its warpgroups on
 // 64 rows of W and Y. Groups work on different tokens, so that the epilogue of one runs beside the
 // products of another. A ring of stages holds the tokens to come; one thread of a group has the
-// copy engine fill a stage again once its token is used. The epilogue reduces max|Y| over the
-// group, then quantises the accumulators and stores whole words; the token is read once and its
-// codes are written once. Shared memory: barriers, token numbers and maxima, right, left and the
+// copy engine fill a stage again once its token is used. The epilogue reduces the extremes of Y
+// over the group, then quantises the accumulators and stores whole words, for one output after the
+// other; the token is read once and its codes are written once. Without a left factor the identity
+// is staged, as W is then X to the bit; without a right one W is Y, and lanes exchange its columns
+// instead. Shared memory: barriers, token numbers and extremes, right, left and the
 // ring, all operands in the panel layout (config.h). One block stays on each SM. Bound by memory,
 // or by tensor cores where rows + cols is large.
 #pragma once
+
+#include <type_traits>
 
 #include "fragment.cuh"
 #include "problem.h"
@@ -21,9 +25,15 @@ namespace flatquant::sm90 {
 
 template <class Config>
 struct SharedStorage {
+  static constexpr int group_warps = Config::group_threads / 32;
   Mbarrier full[Config::stages];    // a token has arrived
   uint32_t tokens[Config::stages];  // which one; past the last, there are no more
-  alignas(16) float maxima[2][Config::groups][Config::group_threads / 32];
+  // Of each warp: max|Y|, or the extremes. Two sets, as a warp may be a token ahead of the slowest
+  // reader of the last one.
+  union {
+    alignas(16) Magnitude magnitudes[2][Config::groups][group_warps];
+    alignas(16) Extremes extremes[2][Config::groups][group_warps];
+  };
 };
 
 template <class Config>
@@ -124,14 +134,27 @@ __device__ void start_staging_factors(const Problem& problem, const SharedMemory
   auto* shared_left = reinterpret_cast<Element*>(shared.left);
   auto* shared_right = reinterpret_cast<Element*>(shared.right);
 
-  for_each<Config, Config::cols, Config::cols / 2>([&](int k, int pair) {
-    const int position = ColumnOrder<Config::cols>::position(2 * pair);
-    const bool inside = k < problem.cols && 2 * pair < problem.cols;
-    copy_async<4>(&shared_right[Panel::offset(Config::width, Config::cols, k, position)],
-                  right + (inside ? k * problem.cols + 2 * pair : 0), inside);
-  });
+  const auto right_offset = [](int k, int col) {
+    return Panel::offset(Config::width, Config::cols, k, ColumnOrder<Config::cols>::position(col));
+  };
+  if (right == nullptr) {
+    // W is Y.
+  } else if (problem.right_repeats == 1) {
+    for_each<Config, Config::cols, Config::cols / 2>([&](int k, int pair) {
+      const bool inside = k < problem.cols && 2 * pair < problem.cols;
+      copy_async<4>(&shared_right[right_offset(k, 2 * pair)],
+                    right + (inside ? k * problem.cols + 2 * pair : 0), inside);
+    });
+  } else {
+    for_each<Config, Config::cols, Config::cols>([&](int k, int col) {
+      const int size = problem.right_size();
+      const bool inside = k < problem.cols && k / size == col / size;
+      shared_right[right_offset(k, col)] =
+          inside ? right[k % size * size + col % size] : Element(0.0f);
+    });
+  }
 
-  if (problem.rows % 8 == 0) {
+  if (left != nullptr && problem.left_repeats == 1 && problem.rows % 8 == 0) {
     for_each<Config, Config::depth, 8 * Config::row_tiles>([&](int k, int octet) {
       const bool inside = k < problem.rows && 8 * octet < problem.rows;
       copy_async<16>(&shared_left[Panel::offset(64, Config::depth, k, 8 * octet)],
@@ -139,9 +162,12 @@ __device__ void start_staging_factors(const Problem& problem, const SharedMemory
     });
   } else {
     for_each<Config, Config::depth, 64 * Config::row_tiles>([&](int k, int m) {
-      const bool inside = k < problem.rows && m < problem.rows;
+      const int repeats = left == nullptr ? problem.rows : problem.left_repeats;
+      const bool inside = k < problem.rows && m < problem.rows && k % repeats == m % repeats;
       shared_left[Panel::offset(64, Config::depth, k, m)] =
-          inside ? left[k * problem.rows + m] : Element(0.0f);
+          !inside           ? Element(0.0f)
+          : left == nullptr ? Element(1.0f)
+                            : left[k / repeats * problem.left_size() + m / repeats];
     });
   }
 }
@@ -176,49 +202,80 @@ __device__ void second_product(float (&y)[Config::cols / 2], float (&w)[Config::
   wgmma_wait(y);
 }
 
-// max|Y| of the token, the same in all threads of its group; `maxima` has a place for each warp.
-template <class Config>
-__device__ float token_max(const float (&y)[Config::cols / 2], float* maxima, int group) {
-  float result = warp_max(absmax(y));
+// What Y of the token is reduced to, the same in all threads of its group; `all` has a place for
+// each of its warps.
+template <class Config, class Reduced>
+__device__ Reduced reduce_token(const float (&y)[Config::cols / 2], Reduced* all, int group) {
+  Reduced result = warp_reduce(reduce<Reduced>(y));
 
   constexpr int warps = Config::group_threads / 32;
-  if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32 % warps] = result;
+  if (threadIdx.x % 32 == 0) all[threadIdx.x / 32 % warps] = result;
   named_barrier_sync(group, Config::group_threads);
+  struct alignas(16) Vector {
+    Reduced values[16 / sizeof(Reduced)];
+  };
 #pragma unroll
-  for (int warp = 0; warp < warps; warp += 4) {
-    const float4 four = *reinterpret_cast<const float4*>(maxima + warp);
-    result = absmax(absmax(absmax(result, four.x), absmax(four.y, four.z)), four.w);
+  for (int i = 0; i < warps * static_cast<int>(sizeof(Reduced)) / 16; ++i) {
+    const Vector vector = reinterpret_cast<const Vector*>(all)[i];
+    for (const Reduced& value : vector.values) result.include(value);
   }
   return result;
 }
 
-// `maxima` has two sets, as a warp may be a token ahead of the slowest reader of the last one.
-template <class Config, class Refill>
-__device__ void epilogue(float (&y)[Config::cols / 2], const Problem& problem,
-                         const SharedMemory<Config>& shared, uint32_t token, ThreadRows thread,
-                         int group, int maxima_set, Refill refill) {
-  auto& maxima = shared.storage->maxima;
-  float max = token_max<Config>(y, maxima[maxima_set][group], group);
-  if constexpr (!Config::refills_early) refill();  // the group's barrier is past
-  if (!(max < INFINITY)) {
-    exact_transform<typename Config::Element>(y, problem, token, thread);
-    max = token_max<Config>(y, maxima[maxima_set ^ 1][group], group);
-    named_barrier_sync(group, Config::group_threads);  // all have read this set
-  }
-  const TokenScale scale(max, problem.clip_ratio);
-  if (threadIdx.x % Config::group_threads == 0) problem.scales[token] = scale.scale;
-  if (scale.needs_prepare) {
-#pragma unroll
-    for (int i = 0; i < Config::cols / 2; ++i) y[i] = scale.prepare(y[i]);
-  }
+template <class Config>
+__device__ __forceinline__ void store_codes(const float (&y)[Config::cols / 2],
+                                            const TokenScale& scale, const Problem& problem,
+                                            void* codes, uint32_t token, ThreadRows thread) {
+  const auto store = [&](auto storage) {
+    with_clamp<true>(scale, [&](auto clamp) {
+      flatquant::store_codes<Config::cols, storage(), clamp()>(y, scale, problem, codes, token,
+                                                               thread);
+    });
+  };
   if (problem.storage == Storage::int32) {
-    store_codes<Config::cols, Storage::int32>(y, scale.inverse, problem, token, thread);
+    store(std::integral_constant<Storage, Storage::int32>());
   } else {
-    store_codes<Config::cols, Storage::int8>(y, scale.inverse, problem, token, thread);
+    store(std::integral_constant<Storage, Storage::int8>());
   }
 }
 
-template <class Config>
+template <class Config, Outputs outputs, class Refill>
+__device__ void epilogue(float (&y)[Config::cols / 2], const Problem& problem,
+                         const SharedMemory<Config>& shared, uint32_t token, ThreadRows thread,
+                         int group, int set, const Ratios& ratios, Refill refill) {
+  const auto reduce = [&](int used) {
+    auto& storage = *shared.storage;
+    if constexpr (outputs == Outputs::simple) {
+      return reduce_token<Config>(y, storage.magnitudes[used][group], group);
+    } else {
+      return reduce_token<Config>(y, storage.extremes[used][group], group);
+    }
+  };
+  Reduced<outputs> reduced = reduce(set);
+  if constexpr (!Config::refills_early) refill();  // the group's barrier is past
+  if (!(reduced.magnitude() < INFINITY)) {
+    exact_transform<typename Config::Element>(y, problem, token, thread);
+    reduced = reduce(set ^ 1);
+    named_barrier_sync(group, Config::group_threads);  // all have read this set
+  }
+  if constexpr (outputs == Outputs::simple) {
+    const Output& output = problem.outputs[0];
+    const float ratio = output.max_ratio;
+    const TokenScale scale(ratio * reduced.max, ratio, ratio, true);
+    if (threadIdx.x % Config::group_threads == 0) output.scales[token] = scale.scale;
+    store_codes<Config>(y, scale, problem, output.codes, token, thread);
+  } else if (problem.output_count == 0) {
+    store_transformed<Config::cols>(y, problem, token, thread);
+  } else {
+    const OutputScales<true> scales(ratios, reduced);
+    if (threadIdx.x % Config::group_threads < 32) scales.store(problem, token);
+    scales.for_each(problem, [&](void* codes, const TokenScale& scale) {
+      store_codes<Config>(y, scale, problem, codes, token, thread);
+    });
+  }
+}
+
+template <class Config, Outputs outputs>
 __device__ void work(const CUtensorMap& input_map, const Problem& problem,
                      const SharedMemory<Config>& shared, TokenSource<Config>& source) {
   const int warpgroup = warp_uniform(threadIdx.x / 128);
@@ -233,6 +290,7 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
   const uint64_t right = wgmma_descriptor(shared.right, swizzle, Config::cols * Config::width * 2);
   const uint64_t ring = wgmma_descriptor(shared.ring, swizzle, panel_bytes);
 
+  const Ratios ratios(lane_output(problem));
   int stage = group;
   uint32_t parity = 0;  // of the stage's use
   float w[Config::cols / 2], y[Config::cols / 2];
@@ -245,7 +303,7 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
     return token;
   };
   uint32_t token = start();
-  int maxima_set = 0;
+  int set = 0;
   while (true) {
     wgmma_wait(w);
     if (token >= problem.tokens) break;
@@ -264,19 +322,23 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
       stage = group;
       parity ^= 1;
     }
-    second_product<Config>(y, w, right);
+    if (outputs == Outputs::any && problem.right == nullptr) {
+      to_column_order(y, w, thread.quad_lane);
+    } else {
+      second_product<Config>(y, w, right);
+    }
     uint32_t next;
     if constexpr (Config::overlaps) next = start();
-    epilogue<Config>(y, problem, shared, token, thread, group, maxima_set, refill);
-    maxima_set ^= 1;
+    epilogue<Config, outputs>(y, problem, shared, token, thread, group, set, ratios, refill);
+    set ^= 1;
     if constexpr (!Config::overlaps) next = start();
     token = next;
   }
 }
 
-template <class Config>
+template <class Config, Outputs outputs>
 __global__ void __launch_bounds__(Config::threads, 1)
-    kernel(const __grid_constant__ CUtensorMap input_map, const Problem problem) {
+    kernel(const __grid_constant__ CUtensorMap input_map, const __grid_constant__ Problem problem) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
   const SharedMemory<Config> shared(dynamic_shared_memory());
   const int group = threadIdx.x / Config::group_threads;
@@ -301,7 +363,7 @@ __global__ void __launch_bounds__(Config::threads, 1)
   copy_async_wait();
   fence_proxy_async();
   __syncthreads();
-  work<Config>(input_map, problem, shared, source);
+  work<Config, outputs>(input_map, problem, shared, source);
 #endif
 }
 

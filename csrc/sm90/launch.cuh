@@ -61,15 +61,16 @@ CUtensorMap make_input_map(const Problem& problem) {
   return map;
 }
 
-template <class Config>
-void launch_class(const Problem& problem, cudaStream_t stream) {
+template <class Config, Outputs outputs>
+void launch_kernel(const Problem& problem, cudaStream_t stream) {
   const CUtensorMap map = make_input_map<Config>(problem);
-  check_cuda(cudaFuncSetAttribute(kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  Config::shared_bytes),
-             "sm90", problem);
+  check_cuda(
+      cudaFuncSetAttribute(kernel<Config, outputs>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           Config::shared_bytes),
+      "sm90", problem);
   const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, "sm90", problem);
   const auto blocks = static_cast<unsigned>(std::min(problem.tokens, multiprocessors));
-  kernel<Config><<<blocks, Config::threads, Config::shared_bytes, stream>>>(map, problem);
+  kernel<Config, outputs><<<blocks, Config::threads, Config::shared_bytes, stream>>>(map, problem);
   check_cuda(cudaGetLastError(), "sm90", problem);
 }
 
@@ -78,7 +79,10 @@ template <class Element, int row_tiles, int index>
 void launch_if(int wanted, const Problem& problem, cudaStream_t stream) {
   constexpr ShapeClass shape = shape_classes[index];
   if constexpr (shape.row_tiles() == row_tiles) {
-    if (index == wanted) launch_class<Config<Element, shape.depth, shape.cols>>(problem, stream);
+    if (index != wanted) return;
+    using Class = Config<Element, shape.depth, shape.cols>;
+    problem.is_simple() ? launch_kernel<Class, Outputs::simple>(problem, stream)
+                        : launch_kernel<Class, Outputs::any>(problem, stream);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdio>
+#include <vector>
 
 #include "cuda_emulator.h"
 #include "problem.h"
@@ -39,11 +40,18 @@ class Buffer {
 
 struct CaseHeader {
   int64_t rows, cols, tokens, input_stride, dtype, storage, blocks, seed, fill;
-  double clip_ratio;
+  int64_t has_left, has_right;
+  int64_t output_count, ratios_on_device, transformed_dtype;
+  float ratios[flatquant::max_outputs][2];
 };
 
-// Reads the case at `path`: CaseHeader, then input, left and right as they lie in memory. Calls
-// `launch(problem, blocks, seed)` and writes codes and scales, which held bytes of `fill` before.
+inline size_t dtype_bytes(flatquant::Dtype dtype) {
+  return dtype == flatquant::Dtype::float32 ? 4 : 2;
+}
+
+// Reads the case at `path`: CaseHeader, then input and the factors that there are, as they lie in
+// memory. Calls `launch(problem, blocks, seed)` and writes codes and scales of each output, or Y,
+// which held bytes of `fill` before.
 template <class Launch>
 int run_case(int argument_count, char** arguments, Launch launch) {
   if (argument_count != 3) {
@@ -56,41 +64,64 @@ int run_case(int argument_count, char** arguments, Launch launch) {
   };
   CaseHeader header;
   read(&header, sizeof header);
-  const auto dtype = static_cast<flatquant::Dtype>(header.dtype);
-  const auto storage = static_cast<flatquant::Storage>(header.storage);
-  const size_t element = dtype == flatquant::Dtype::float32 ? 4 : 2;
   const size_t features = header.rows * header.cols;
-  const Buffer input(((header.tokens - 1) * header.input_stride + features) * element);
-  const Buffer left(header.rows * header.rows * element, element);
-  const Buffer right(header.cols * header.cols * element, element);
-  for (const Buffer* buffer : {&input, &left, &right}) read(buffer->data(), buffer->bytes());
+  flatquant::Problem problem = {};
+  problem.tokens = header.tokens;
+  problem.input_stride = header.input_stride;
+  problem.rows = static_cast<int>(header.rows);
+  problem.cols = static_cast<int>(header.cols);
+  problem.dtype = static_cast<flatquant::Dtype>(header.dtype);
+  problem.storage = static_cast<flatquant::Storage>(header.storage);
+  problem.output_count = static_cast<int>(header.output_count);
+  problem.transformed_dtype = static_cast<flatquant::Dtype>(header.transformed_dtype);
+  auto counter = static_cast<uint32_t>(header.seed);  // any content
+  problem.counter = &counter;
+
+  const size_t element = dtype_bytes(problem.dtype);
+  const auto read_array = [&](size_t elements, size_t alignment) {
+    const Buffer buffer(elements * element, alignment);
+    read(buffer.data(), buffer.bytes());
+    return buffer.data();
+  };
+  problem.input = read_array((header.tokens - 1) * header.input_stride + features, 16);
+  if (header.has_left) problem.left = read_array(header.rows * header.rows, element);
+  if (header.has_right) problem.right = read_array(header.cols * header.cols, element);
   std::fclose(file);
 
-  const Buffer codes(header.tokens * features / (storage == flatquant::Storage::int32 ? 2 : 1));
-  const Buffer scales(header.tokens * sizeof(float));
-  for (const Buffer* buffer : {&codes, &scales}) {
-    std::memset(buffer->data(), static_cast<int>(header.fill), buffer->bytes());
+  std::vector<Buffer> results;
+  const auto add_result = [&](size_t bytes) {
+    results.emplace_back(bytes);
+    std::memset(results.back().data(), static_cast<int>(header.fill), bytes);
+    return results.back().data();
+  };
+  const bool packed = problem.storage == flatquant::Storage::int32;
+  for (int i = 0; i < problem.output_count; ++i) {
+    flatquant::Output& output = problem.outputs[i];
+    output.codes = add_result(header.tokens * features / (packed ? 2 : 1));
+    output.scales = static_cast<float*>(add_result(header.tokens * sizeof(float)));
+    if (header.ratios_on_device) {
+      const auto on_device = [](float ratio) {
+        const Buffer buffer(sizeof ratio, sizeof ratio);
+        return static_cast<const float*>(std::memcpy(buffer.data(), &ratio, sizeof ratio));
+      };
+      output.max_ratio = output.min_ratio = __uint_as_float(0xffffffffu);
+      output.device_max_ratio = on_device(header.ratios[i][0]);
+      output.device_min_ratio = on_device(header.ratios[i][1]);
+    } else {
+      output.max_ratio = header.ratios[i][0];
+      output.min_ratio = header.ratios[i][1];
+    }
   }
-  auto counter = static_cast<uint32_t>(header.seed);  // any content
-  const flatquant::Problem problem{input.data(),
-                                   left.data(),
-                                   right.data(),
-                                   codes.data(),
-                                   static_cast<float*>(scales.data()),
-                                   header.tokens,
-                                   header.input_stride,
-                                   static_cast<int>(header.rows),
-                                   static_cast<int>(header.cols),
-                                   static_cast<float>(header.clip_ratio),
-                                   dtype,
-                                   storage,
-                                   &counter};
+  if (problem.output_count == 0) {
+    problem.transformed =
+        add_result(header.tokens * features * dtype_bytes(problem.transformed_dtype));
+  }
   launch(problem, static_cast<unsigned>(header.blocks), header.seed);
 
   file = std::fopen(arguments[2], "wb");
-  for (const Buffer* buffer : {&codes, &scales}) {
-    buffer->check_surroundings();
-    if (!file || std::fwrite(buffer->data(), 1, buffer->bytes(), file) != buffer->bytes()) {
+  for (const Buffer& buffer : results) {
+    buffer.check_surroundings();
+    if (!file || std::fwrite(buffer.data(), 1, buffer.bytes(), file) != buffer.bytes()) {
       fail("cannot write %s", arguments[2]);
     }
   }

@@ -476,13 +476,23 @@ T __shfl_down_sync(unsigned mask, T value, int lanes, int width = emulator::warp
   return emulated_shuffle(mask, value, width, "__shfl_down_sync",
                           [&](int lane, int) { return lane + lanes; });
 }
-inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
-  const uint32_t* all = emulator::machine().exchange(mask, value, "__reduce_max_sync");
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  const uint32_t* all = emulator::machine().exchange(mask, predicate != 0, "__ballot_sync");
   unsigned result = 0;
   for (int lane = 0; lane < emulator::warp_size; ++lane) {
-    if (mask >> lane & 1) result = std::max(result, all[lane]);
+    if (mask >> lane & 1) result |= all[lane] << lane;
   }
   return result;
+}
+template <class T>
+T __reduce_max_sync(unsigned mask, T value) {
+  static_assert(sizeof(T) == 4);
+  const uint32_t* all =
+      emulator::machine().exchange(mask, static_cast<uint32_t>(value), "__reduce_max_sync");
+  for (int lane = 0; lane < emulator::warp_size; ++lane) {
+    if (mask >> lane & 1) value = std::max(value, static_cast<T>(all[lane]));
+  }
+  return value;
 }
 
 // Fibers do not preempt each other, so ordinary accesses are atomic.

@@ -26,8 +26,10 @@ void launch_class(const Problem& problem, unsigned blocks, uint64_t seed) {
   using Class = Config<Element, shape_classes[index].depth, shape_classes[index].cols>;
   const CUtensorMap map = make_input_map<Class>(problem);
   emulator::attach_sm90();
+  const auto run =
+      problem.is_simple() ? kernel<Class, Outputs::simple> : kernel<Class, Outputs::any>;
   emulator::machine().launch(dim3(blocks), dim3(Class::threads), Class::shared_bytes, seed,
-                             [&] { kernel<Class>(map, problem); });
+                             [&] { run(map, problem); });
 }
 
 template <class Element, int... indices>
@@ -43,11 +45,12 @@ int main(int argument_count, char** arguments) {
         if (!serves(problem.rows, problem.cols)) {
           emulator::fail("sm90 does not serve %d x %d", problem.rows, problem.cols);
         }
+        const Problem best = regrouped(problem);
         const auto classes = std::make_integer_sequence<int, shape_class_count>();
         if (problem.dtype == Dtype::float16) {
-          launch<__half>(problem, blocks, seed, classes);
+          launch<__half>(best, blocks, seed, classes);
         } else {
-          launch<__nv_bfloat16>(problem, blocks, seed, classes);
+          launch<__nv_bfloat16>(best, blocks, seed, classes);
         }
       });
 }

@@ -1,0 +1,3 @@
+#include "plain/launch.cuh"
+
+template void flatquant::plain::launch<__nv_bfloat16>(const Problem&, cudaStream_t);
