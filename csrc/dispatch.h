@@ -61,7 +61,7 @@ inline constexpr KernelEntry kernel_table[] = {
     {"sm90",  // in binaries with code for 90a alone: elsewhere it is compiled empty
      [](const Query& q) {
        return q.compute_capability == 90 && covers(q.architectures, 90, true) &&
-              q.dtype != Dtype::float32 && sm90::serves(q.rows, q.cols);
+              sm90::serves(q.dtype, q.rows, q.cols);
      }},
     {"sm80",  // compiled empty for architectures before 80
      [](const Query& q) {

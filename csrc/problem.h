@@ -7,6 +7,10 @@ namespace flatquant {
 
 enum class Dtype : int { float16, bfloat16, float32 };
 
+// What float32 products round: nothing that float32 keeps, or operands to TF32's 11 bits. After
+// torch.get_float32_matmul_precision().
+enum class Precision : int { highest, high };
+
 // int8: one code a byte. int32: eight codes a word, element 8i+j in bits 4j..4j+3 of word i.
 enum class Storage : int { int8, int32 };
 
@@ -34,6 +38,7 @@ struct Problem {
   int cols;                                 // N
   int left_repeats = 1, right_repeats = 1;  // the sizes of I
   Dtype dtype;
+  Precision precision = Precision::highest;  // of float32
   Storage storage;
   int output_count;  // 0: Y itself is stored
   Output outputs[max_outputs];

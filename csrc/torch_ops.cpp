@@ -15,6 +15,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -37,13 +38,14 @@ constexpr std::string_view compiled_architectures = FLATQUANT_CUDA_ARCHS;
 template <class Element>
 void launch_sm90(const Problem& given, cudaStream_t stream) {
   const Problem problem = sm90::regrouped(given);
-  switch (sm90::shape_classes[sm90::find_shape_class(problem.rows, problem.cols)].row_tiles()) {
+  const int shape = sm90::find_shape_class(problem.dtype, problem.rows, problem.cols);
+  switch (sm90::shape_classes[shape].row_tiles()) {
     case 1:
       return sm90::launch<Element, 1>(problem, stream);
     case 2:
       return sm90::launch<Element, 2>(problem, stream);
-    default:
-      return sm90::launch<Element, 3>(problem, stream);
+    default:  // float32 has no shape class of so many rows
+      if constexpr (!std::is_same_v<Element, float>) sm90::launch<Element, 3>(problem, stream);
   }
 }
 
@@ -60,8 +62,9 @@ void launch(std::string_view kernel, const Problem& problem, cudaStream_t stream
   // left out of the binary.
   if constexpr (FLATQUANT_NEWEST_ARCH >= 90) {
     if (kernel == "sm90") {
-      return problem.dtype == Dtype::float16 ? launch_sm90<__half>(problem, stream)
-                                             : launch_sm90<__nv_bfloat16>(problem, stream);
+      return problem.dtype == Dtype::float16    ? launch_sm90<__half>(problem, stream)
+             : problem.dtype == Dtype::bfloat16 ? launch_sm90<__nv_bfloat16>(problem, stream)
+                                                : launch_sm90<float>(problem, stream);
     }
   }
   if constexpr (FLATQUANT_NEWEST_ARCH >= 80) {
@@ -84,6 +87,12 @@ void launch(std::string_view kernel, const Problem& problem, cudaStream_t stream
       return is_plain ? plain::launch<float>(problem, stream)
                       : simt::launch<float>(problem, stream);
   }
+}
+
+Precision to_precision(const std::string& name) {
+  STD_TORCH_CHECK(name == "highest" || name == "high",
+                  "flatquant: float32_precision must be 'highest' or 'high', got '", name, "'");
+  return name == "highest" ? Precision::highest : Precision::high;
 }
 
 Dtype to_dtype(ScalarType type, const char* name = "input") {
@@ -152,7 +161,7 @@ int64_t token_stride(const Tensor& input) {
 // scales, so that only the results are allocated.
 std::pair<Tensor, uint32_t*> empty_scales(const Tensor& input, const std::vector<int64_t>& sizes,
                                           int64_t tokens) {
-  if (tokens < sm90::min_tokens_to_share || input.scalar_type() == ScalarType::Float) {
+  if (tokens < sm90::min_tokens_to_share) {
     return {torch::stable::new_empty(input, sizes, ScalarType::Float), nullptr};
   }
   const std::vector<int64_t> with_counter{tokens + 1};
@@ -172,8 +181,9 @@ bool aligned(const void* pointer, int64_t bytes) {
 // What a kernel asks of these tensors beyond what the table knows: sm90 reads 16-byte units, and
 // the copy engine counts tokens in int32.
 bool fits_memory(std::string_view kernel, const Problem& problem) {
+  const int units = problem.dtype == Dtype::float32 ? 4 : 8;  // elements
   return kernel != "sm90" ||
-         (problem.tokens <= INT32_MAX && problem.input_stride % 8 == 0 &&
+         (problem.tokens <= INT32_MAX && problem.input_stride % units == 0 &&
           aligned(problem.input, 16) && aligned(problem.left, 16) && aligned(problem.right, 16));
 }
 
@@ -208,7 +218,7 @@ void run(const std::string& kernel, const Problem& problem, int32_t device) {
 // The problem without what is stored. A factor that is not there leaves its size to the other; with
 // neither, a token is one row.
 Problem make_problem(const Tensor& input, const Tensor* left_trans, const Tensor* right_trans,
-                     bool pack_int32) {
+                     bool pack_int32, const std::string& float32_precision) {
   STD_TORCH_CHECK(input.is_cuda() && input.dim() >= 1,
                   "flatquant: input must be a CUDA tensor of at least one dimension, got one of ",
                   input.dim(), " on ", device_name(input));
@@ -232,6 +242,7 @@ Problem make_problem(const Tensor& input, const Tensor* left_trans, const Tensor
   problem.rows = static_cast<int>(rows);
   problem.cols = static_cast<int>(cols);
   problem.dtype = dtype;
+  problem.precision = to_precision(float32_precision);
   problem.storage = pack_int32 ? Storage::int32 : Storage::int8;
   return problem;
 }
@@ -273,9 +284,9 @@ const float* device_ratio(const Tensor& ratio, const Tensor& input) {
 }
 
 std::tuple<Tensor, Tensor> dynamic_quantize(Tensor input, Tensor left_trans, Tensor right_trans,
-                                            double clip_ratio, bool pack_int32,
-                                            std::string kernel) {
-  Problem problem = make_problem(input, &left_trans, &right_trans, pack_int32);
+                                            double clip_ratio, bool pack_int32, std::string kernel,
+                                            std::string float32_precision) {
+  Problem problem = make_problem(input, &left_trans, &right_trans, pack_int32, float32_precision);
   const float ratio = to_ratio(clip_ratio);
   const int32_t device = input.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -289,9 +300,10 @@ std::vector<Tensor> dynamic_quantize_many(Tensor input, std::optional<Tensor> le
                                           std::optional<Tensor> right_trans,
                                           std::vector<double> clip_ratios,
                                           std::vector<Tensor> device_clip_ratios, bool pack_int32,
-                                          std::string kernel) {
-  Problem problem = make_problem(input, left_trans ? &*left_trans : nullptr,
-                                 right_trans ? &*right_trans : nullptr, pack_int32);
+                                          std::string kernel, std::string float32_precision) {
+  Problem problem =
+      make_problem(input, left_trans ? &*left_trans : nullptr,
+                   right_trans ? &*right_trans : nullptr, pack_int32, float32_precision);
   const size_t ratios = clip_ratios.size();
   STD_TORCH_CHECK(ratios % 2 == 0 && ratios >= 2 && ratios <= 2 * max_outputs,
                   "flatquant: clip_ratios must hold 1 to ", max_outputs, " pairs, got ", ratios,
@@ -325,9 +337,9 @@ std::vector<Tensor> dynamic_quantize_many(Tensor input, std::optional<Tensor> le
 
 Tensor kronecker_transform(Tensor input, std::optional<Tensor> left_trans,
                            std::optional<Tensor> right_trans, ScalarType out_dtype,
-                           std::string kernel) {
+                           std::string kernel, std::string float32_precision) {
   Problem problem = make_problem(input, left_trans ? &*left_trans : nullptr,
-                                 right_trans ? &*right_trans : nullptr, false);
+                                 right_trans ? &*right_trans : nullptr, false, float32_precision);
   STD_TORCH_CHECK(left_trans || right_trans,
                   "flatquant: left_trans and right_trans must not both be None, got None, None");
   problem.transformed_dtype = to_dtype(out_dtype, "out_dtype");
@@ -355,14 +367,16 @@ std::string cuda_archs() { return std::string(compiled_architectures); }
 STABLE_TORCH_LIBRARY(flatquant, m) {
   m.def(
       "dynamic_quantize(Tensor input, Tensor left_trans, Tensor right_trans, "
-      "float clip_ratio=1.0, bool pack_int32=False, str kernel_name=\"auto\") -> (Tensor, Tensor)");
+      "float clip_ratio=1.0, bool pack_int32=False, str kernel_name=\"auto\", "
+      "str float32_precision=\"highest\") -> (Tensor, Tensor)");
   m.def(
       "dynamic_quantize_many(Tensor input, Tensor? left_trans, Tensor? right_trans, "
       "float[] clip_ratios, Tensor[] device_clip_ratios, bool pack_int32=False, "
-      "str kernel_name=\"auto\") -> Tensor[]");
+      "str kernel_name=\"auto\", str float32_precision=\"highest\") -> Tensor[]");
   m.def(
       "kronecker_transform(Tensor input, Tensor? left_trans, Tensor? right_trans, "
-      "ScalarType out_dtype, str kernel_name=\"auto\") -> Tensor");
+      "ScalarType out_dtype, str kernel_name=\"auto\", str float32_precision=\"highest\") -> "
+      "Tensor");
   m.def("kernel_names(int M, int N, ScalarType dtype, int compute_capability) -> str");
   m.def("cuda_archs() -> str");
 }

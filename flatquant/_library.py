@@ -31,17 +31,18 @@ EXTENSION = Path(__file__).with_name("_C.abi3.so")
 SCHEMAS = {
     "dynamic_quantize": (
         "dynamic_quantize(Tensor input, Tensor left_trans, Tensor right_trans, "
-        "float clip_ratio=1.0, bool pack_int32=False, "
-        'str kernel_name="auto") -> (Tensor, Tensor)'
+        'float clip_ratio=1.0, bool pack_int32=False, str kernel_name="auto", '
+        'str float32_precision="highest") -> (Tensor, Tensor)'
     ),
     "dynamic_quantize_many": (
         "dynamic_quantize_many(Tensor input, Tensor? left_trans, Tensor? right_trans, "
         "float[] clip_ratios, Tensor[] device_clip_ratios, bool pack_int32=False, "
-        'str kernel_name="auto") -> Tensor[]'
+        'str kernel_name="auto", str float32_precision="highest") -> Tensor[]'
     ),
     "kronecker_transform": (
         "kronecker_transform(Tensor input, Tensor? left_trans, Tensor? right_trans, "
-        'ScalarType out_dtype, str kernel_name="auto") -> Tensor'
+        'ScalarType out_dtype, str kernel_name="auto", str float32_precision="highest") -> '
+        "Tensor"
     ),
     "kernel_names": ("kernel_names(int M, int N, ScalarType dtype, int compute_capability) -> str"),
     "cuda_archs": "cuda_archs() -> str",
@@ -62,10 +63,14 @@ def load_extension(path: Path) -> str | None:
     return None
 
 
-def _check_cpu_kernel(kernel_name: str) -> None:
+def _check_cpu_kernel(kernel_name: str, float32_precision: str) -> None:
     if kernel_name not in ("auto", "reference"):
         raise ValueError(
             f"kernel_name must be 'auto' or 'reference' for CPU tensors, got {kernel_name!r}"
+        )
+    if float32_precision not in ("highest", "high"):
+        raise ValueError(
+            f"float32_precision must be 'highest' or 'high', got {float32_precision!r}"
         )
 
 
@@ -85,10 +90,11 @@ def _dynamic_quantize_cpu(
     clip_ratio: float = 1.0,
     pack_int32: bool = False,
     kernel_name: str = "auto",
+    float32_precision: str = "highest",
 ) -> tuple[Tensor, Tensor]:
     check_problem(input, left_trans, right_trans, pack_int32)
     check_clip_ratio("clip_ratio", clip_ratio, input.device)
-    _check_cpu_kernel(kernel_name)
+    _check_cpu_kernel(kernel_name, float32_precision)
     return reference.dynamic_quantize(input, left_trans, right_trans, clip_ratio, pack_int32)
 
 
@@ -99,6 +105,7 @@ def _dynamic_quantize_fake(
     clip_ratio: float = 1.0,
     pack_int32: bool = False,
     kernel_name: str = "auto",
+    float32_precision: str = "highest",
 ) -> tuple[Tensor, Tensor]:
     check_problem(input, left_trans, right_trans, pack_int32)
     check_clip_ratio("clip_ratio", clip_ratio, input.device)
@@ -136,10 +143,11 @@ def _dynamic_quantize_many_cpu(
     device_clip_ratios: Sequence[Tensor],
     pack_int32: bool = False,
     kernel_name: str = "auto",
+    float32_precision: str = "highest",
 ) -> list[Tensor]:
     check_problem(input, left_trans, right_trans, pack_int32)
     pairs = _pairs(clip_ratios, device_clip_ratios, input.device)
-    _check_cpu_kernel(kernel_name)
+    _check_cpu_kernel(kernel_name, float32_precision)
     outputs = reference.dynamic_quantize_many(input, left_trans, right_trans, pairs, pack_int32)
     return [tensor for output in outputs for tensor in output]
 
@@ -152,6 +160,7 @@ def _dynamic_quantize_many_fake(
     device_clip_ratios: Sequence[Tensor],
     pack_int32: bool = False,
     kernel_name: str = "auto",
+    float32_precision: str = "highest",
 ) -> list[Tensor]:
     check_problem(input, left_trans, right_trans, pack_int32)
     pairs = _pairs(clip_ratios, device_clip_ratios, input.device)
@@ -164,9 +173,10 @@ def _kronecker_transform_cpu(
     right_trans: Tensor | None,
     out_dtype: torch.dtype,
     kernel_name: str = "auto",
+    float32_precision: str = "highest",
 ) -> Tensor:
     check_transform(input, left_trans, right_trans, out_dtype)
-    _check_cpu_kernel(kernel_name)
+    _check_cpu_kernel(kernel_name, float32_precision)
     return reference.transform(input, left_trans, right_trans).to(out_dtype)
 
 
@@ -176,6 +186,7 @@ def _kronecker_transform_fake(
     right_trans: Tensor | None,
     out_dtype: torch.dtype,
     kernel_name: str = "auto",
+    float32_precision: str = "highest",
 ) -> Tensor:
     check_transform(input, left_trans, right_trans, out_dtype)
     return input.new_empty(input.shape, dtype=out_dtype)

@@ -46,6 +46,9 @@ TOLERANCES = {
     torch.float32: Tolerance(transform=_ACCUMULATION, mismatch=2e-5),
 }
 
+# float32 inputs with TF32 allowed: X, both factors and the intermediate are rounded to 11 bits.
+TF32 = Tolerance(transform=4 * 2.0**-11 + _ACCUMULATION, mismatch=2e-3)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -98,6 +101,7 @@ def compare(
     clip_ratio: ClipRatio,
     dtype: torch.dtype,
     examples: int = 8,
+    tolerance: Tolerance | None = None,
 ) -> Comparison:
     """Compare a quantised result with the float64 transform of the same input.
 
@@ -109,13 +113,14 @@ def compare(
         scales: float32 ``[...]``.
         transformed: Y, float64 ``[..., features]``, from :func:`flatquant.reference.transform`.
         clip_ratio: as given to the operator, one ratio or a pair.
-        dtype: the operator's input dtype; it chooses the tolerance.
+        dtype: the operator's input dtype; it chooses the tolerance if none is given.
         examples: how many differing elements a failure shows.
+        tolerance: another than the dtype's, such as ``TF32``.
 
     Raises:
         ValueError: a shape or dtype of the result does not fit ``transformed``.
     """
-    tolerance = TOLERANCES[dtype]
+    tolerance = tolerance or TOLERANCES[dtype]
     codes = unpack_int4(quantized) if quantized.dtype == torch.int32 else quantized
     if transformed.dtype != torch.float64:
         raise ValueError(f"transformed must be torch.float64, got {transformed.dtype}")

@@ -53,7 +53,8 @@ def flatquant_dynamic_quantize(
 
     which is FlatQuant's online transform and per-token quantisation (Sun et al., 2024,
     arXiv:2410.09426). A token of zeros gets codes 0 and scale 1; one whose Y holds NaN or Inf gets
-    codes 0 and scale NaN or +Inf. There is no gradient. torch.autocast casts no argument.
+    codes 0 and scale NaN or +Inf. There is no gradient. torch.autocast casts no argument. float32
+    products follow ``torch.get_float32_matmul_precision()`` as it is at the call.
 
     FlatQuant's learned clipping has a ratio for either side, as in ``clip_ratio=(0.9, 0.8)``::
 
@@ -96,7 +97,13 @@ def flatquant_dynamic_quantize(
     if left_trans is None or right_trans is None or isinstance(clip_ratio, (tuple, Tensor)):
         return _run_many(input_tensor, left_trans, right_trans, [pair], pack_int32, kernel)[0]
     result: tuple[Tensor, Tensor] = _dynamic_quantize(
-        input_tensor, left_trans, right_trans, pair[0], pack_int32, kernel
+        input_tensor,
+        left_trans,
+        right_trans,
+        pair[0],
+        pack_int32,
+        kernel,
+        _float32_precision(input_tensor),
     )
     return result
 
@@ -193,7 +200,10 @@ def kronecker_transform(
     _refuse_gradients(input_tensor, left_trans, right_trans)
     if _runs_reference(use_cuda, kernel, input_tensor, left_trans, right_trans, M, N):
         return reference.transform(input_tensor, left_trans, right_trans).to(out_dtype)
-    result: Tensor = _kronecker_transform(input_tensor, left_trans, right_trans, out_dtype, kernel)
+    precision = _float32_precision(input_tensor)
+    result: Tensor = _kronecker_transform(
+        input_tensor, left_trans, right_trans, out_dtype, kernel, precision
+    )
     return result
 
 
@@ -386,6 +396,19 @@ def _refuse_gradients(
         )
 
 
+# A constant to torch.compile, which guards every graph by this setting: a test changes it.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _allows_tf32() -> bool:
+    # What torch.set_float32_matmul_precision and its successors all set.
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def _float32_precision(input_tensor: Tensor) -> str:
+    if input_tensor.dtype != torch.float32:
+        return "highest"
+    return "high" if _allows_tf32() else "highest"
+
+
 def _runs_reference(
     use_cuda: bool,
     kernel: str,
@@ -431,6 +454,7 @@ def _run_many(
     kernel: str,
 ) -> list[tuple[Tensor, Tensor]]:
     """The operator, as often as its largest number of outputs needs."""
+    precision = _float32_precision(input_tensor)
     outputs: list[tuple[Tensor, Tensor]] = []
     for start in range(0, len(pairs), MAX_OUTPUTS):
         ratios = [ratio for pair in pairs[start : start + MAX_OUTPUTS] for ratio in pair]
@@ -438,7 +462,7 @@ def _run_many(
         numbers = [0.0 if isinstance(ratio, Tensor) else ratio for ratio in ratios]
         on_device = [ratio for ratio in ratios if isinstance(ratio, Tensor)]
         flat = _dynamic_quantize_many(
-            input_tensor, left_trans, right_trans, numbers, on_device, pack_int32, kernel
+            input_tensor, left_trans, right_trans, numbers, on_device, pack_int32, kernel, precision
         )
         outputs += zip(flat[::2], flat[1::2], strict=True)
     return outputs

@@ -549,7 +549,7 @@ def test_cuda_tensors_go_to_the_operator_with_all_arguments(
     with FakeTensorMode():
         left, right, x = (torch.empty(n, n, device="cuda") for n in (2, 4, 8))
         flatquant_dynamic_quantize(x, left, right, clip_ratio, pack_int32)
-    assert calls == [(x, left, right, float(clip_ratio), pack_int32, "auto")]
+    assert calls == [(x, left, right, float(clip_ratio), pack_int32, "auto", "highest")]
     assert type(calls[0][3]) is float
 
 
@@ -592,10 +592,10 @@ def test_many_calls_the_operator_with_different_pairs_in_eights(
         same = flatquant_dynamic_quantize_many(x, None, None, [ratio, (ratio, ratio)])
         mixed = flatquant_dynamic_quantize_many(x, None, None, [ratio, (0.5, ratio)])
     expected = [1.0, 1.0, 0.5, 0.5, 0.5, 1.0, *(float(i // 2 + 2) for i in range(10))]
-    assert calls[0] == (expected, [], True, "auto")
-    assert calls[1] == ([float(i // 2 + 7) for i in range(6)], [], True, "auto")
-    assert calls[2] == ([0.0, 0.0], [ratio, ratio], False, "auto")
-    assert calls[3] == ([0.0, 0.0, 0.5, 0.0], [ratio, ratio, ratio], False, "auto")
+    assert calls[0] == (expected, [], True, "auto", "highest")
+    assert calls[1] == ([float(i // 2 + 7) for i in range(6)], [], True, "auto", "highest")
+    assert calls[2] == ([0.0, 0.0], [ratio, ratio], False, "auto", "highest")
+    assert calls[3] == ([0.0, 0.0, 0.5, 0.0], [ratio, ratio, ratio], False, "auto", "highest")
     assert all(tensor is ratio for call in calls[2:] for tensor in call[1])
     assert [call[0] for call, _ in results] == [1] * 10 + [2] * 3 + [1]
     assert results[1] is results[3] is results[4] and results[0] is results[-1]

@@ -86,8 +86,9 @@ def test_every_model_size_has_a_tensor_core_kernel_from_ampere_on(
             expected = ["simt"]
             if dtype != FLOAT32 and capability >= 80:
                 expected.insert(0, "sm80")
-                if capability == 90 and N % 8 == 0 and M <= 192:
-                    expected.insert(0, "sm90")
+            on_sm90 = max(M, N) <= 128 if dtype == FLOAT32 else M <= 192
+            if capability == 90 and N % 8 == 0 and on_sm90:
+                expected.insert(0, "sm90")
             assert answer.split(",") == expected, (M, N, dtype)
 
 

@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "tests" / "emulator"
 FLOAT16, BFLOAT16, FLOAT32 = DTYPES
 MAX_OUTPUTS = 8
+PRECISIONS = ("highest", "high")
 
 
 class Toolchain:
@@ -118,19 +119,24 @@ class Case:
     has_right: bool = True
     on_device: bool = False  # the clip ratios
     out_dtype: torch.dtype = FLOAT32  # of Y
+    precision: str = "highest"  # of float32: "highest" or "high"
 
     def __str__(self) -> str:
         name = f"{self.rows}x{self.cols}-{self.tokens}-{dtype_name(self.dtype)}"
         name += "-int4" if self.packed else "-int8"
         name += "".join(f"-clip{ratio}" for ratio in self.clip_ratios if ratio != 1.0)
+        name += "" if self.precision == "highest" else f"-{self.precision}"
         name += "" if self.has_left else "-no_left"
         name += "" if self.has_right else "-no_right"
         return name + (f"-gap{self.gap}" if self.gap else "")
 
     @property
-    def judged_as(self) -> torch.dtype:
-        """The dtype whose tolerance holds: with one factor nothing is rounded on the way."""
-        return self.dtype if self.has_left and self.has_right else FLOAT32
+    def tolerance(self) -> accuracy.Tolerance:
+        """With one factor nothing is rounded to 16 bits on the way."""
+        if self.precision == "high":
+            return accuracy.TF32
+        one_factor = not (self.has_left and self.has_right)
+        return accuracy.TOLERANCES[FLOAT32 if one_factor else self.dtype]
 
     def random_problem(self) -> Problem:
         return random_problem(self.rows, self.cols, self.tokens, self.dtype)
@@ -160,10 +166,11 @@ def run(
     pairs = [ratio if isinstance(ratio, tuple) else (ratio, ratio) for ratio in case.clip_ratios]
     pairs += [(0.0, 0.0)] * (MAX_OUTPUTS - len(pairs))
     header = struct.pack(
-        f"<14q{2 * MAX_OUTPUTS}f",
+        f"<15q{2 * MAX_OUTPUTS}f",
         *(case.rows, case.cols, case.tokens, stride, DTYPES.index(case.dtype), int(case.packed)),
         *(case.blocks, seed, poison, int(case.has_left), int(case.has_right)),
         *(len(case.clip_ratios), int(case.on_device), DTYPES.index(case.out_dtype)),
+        PRECISIONS.index(case.precision),
         *(ratio for pair in pairs for ratio in pair),
     )
     source, target = folder / "case", folder / "result"
@@ -199,7 +206,7 @@ def check(case: Case, outputs: list[Output], problem: Problem) -> None:
     """Against float64. The cases are small, so the share of differing codes is held loosely."""
     y = case.float64(problem)
     for (codes, scales), ratio in zip(outputs, case.clip_ratios, strict=True):
-        found = accuracy.compare(codes, scales, y, ratio, case.judged_as)
+        found = accuracy.compare(codes, scales, y, ratio, case.dtype, tolerance=case.tolerance)
         failures = [text for text in found.failures if "codes differ, " not in text]
         assert not failures, f"{case}, clip ratio {ratio}: {found}"
         count = found.tokens * found.features
@@ -528,6 +535,99 @@ def test_sm90_special_tokens(sm90: Path, tmp_path: Path, case: Case) -> None:
     check_special(case, launch(sm90, tmp_path, case, problem), problem, special)
 
 
+FLOAT32_CLASSES = [(32, 32), (64, 64), (64, 128), (96, 128), (128, 128)]
+by_precision = pytest.mark.parametrize("precision", PRECISIONS)
+
+
+def test_float32_classes_are_those_of_the_kernel() -> None:
+    text = (ROOT / "csrc" / "sm90" / "config.h").read_text()
+    table = re.search(r"ShapeClass classes\[\] = \{(.*?)\};", text, re.S)
+    assert table, "csrc/sm90/config.h has no float32 classes"
+    found = [(int(depth), int(cols)) for depth, cols in re.findall(r"(\d+), (\d+)", table[1])]
+    assert found == FLOAT32_CLASSES
+
+
+@by_precision
+@pytest.mark.parametrize("depth, cols", FLOAT32_CLASSES)
+def test_sm90_float32(sm90: Path, tmp_path: Path, depth: int, cols: int, precision: str) -> None:
+    stages = 227 * 1024 // (4 * depth * cols)
+    full = Case(depth, cols, min(stages + 3, 30), FLOAT32, blocks=1, precision=precision)
+    ragged = Case(depth - 3, cols - 8, 5, FLOAT32, packed=False, gap=4, precision=precision)
+    for case in (full, ragged):
+        problem = case.random_problem()
+        check(case, launch(sm90, tmp_path, case, problem), problem)
+
+
+@by_precision
+def test_sm90_float32_in_any_order(sm90: Path, tmp_path: Path, precision: str) -> None:
+    case = Case(56, 64, 60, FLOAT32, blocks=1, precision=precision)
+    problem = case.random_problem()
+    expected = launch(sm90, tmp_path, case, problem)
+    check(case, expected, problem)
+    for _ in range(4):
+        chosen = torch.randperm(case.tokens)[: int(torch.randint(1, case.tokens + 1, ()))]
+        part = replace(case, tokens=len(chosen), packed=bool(torch.randint(2, ())), gap=4, blocks=2)
+        found = launch(sm90, tmp_path, part, problem._replace(input=problem.input[chosen]))
+        assert equal(found, chosen_tokens(expected, chosen)), part
+
+
+@by_precision
+@pytest.mark.parametrize("rows, cols", [(64, 64), (50, 72), (128, 112)])
+def test_sm90_float32_exact_data(
+    sm90: Path, tmp_path: Path, rows: int, cols: int, precision: str
+) -> None:
+    case = Case(rows, cols, 3, FLOAT32, precision=precision)
+    exact = exact_problem(rows, cols, 3, FLOAT32)
+    check_exact(launch(sm90, tmp_path, case, exact.problem), exact)
+
+
+@by_precision
+@pytest.mark.parametrize("left_exponent, right_exponent", [(0, 0), (60, -60), (-90, -30), (40, 80)])
+def test_sm90_float32_range(
+    sm90: Path, tmp_path: Path, left_exponent: int, right_exponent: int, precision: str
+) -> None:
+    """Tokens and factors near the ends of float32's range, where float16 ends long before."""
+    case = Case(24, 32, 7, FLOAT32, precision=precision)
+    exact = exact_problem(24, 32, 7, FLOAT32)
+    both = left_exponent + right_exponent
+    sizes = torch.tensor([-100.0, -60.0, -20.0, 0.0, 20.0, 60.0, 90.0])
+    # Neither W nor Y beyond float32, which is what a token is computed in if it is computed again.
+    exponents = sizes.clamp(-110 - min(both, left_exponent), 100 - max(both, left_exponent))
+    sizes = torch.exp2(exponents)
+    x, left, right = exact.problem
+    problem = Problem(x * sizes[:, None], left * 2.0**left_exponent, right * 2.0**right_exponent)
+    scales = exact.scales * torch.exp2(exponents + both)
+    check_exact(
+        launch(sm90, tmp_path, case, problem), exact._replace(problem=problem, scales=scales)
+    )
+
+
+@by_precision
+@pytest.mark.parametrize("exponent", [6, 11, 20, 60])
+@pytest.mark.parametrize("has_right", [True, False], ids=["both", "left"])
+def test_sm90_float32_factors_that_undo_outliers(
+    sm90: Path, tmp_path: Path, has_right: bool, exponent: int, precision: str
+) -> None:
+    """What float16's smallest number takes from the small must not show in Y."""
+    case = Case(48, 64, 5, FLOAT32, precision=precision, has_right=has_right)
+    x = torch.randn(case.tokens, 48, 64)
+    x[:, 7] *= 2.0**exponent
+    left, right = (torch.linalg.qr(torch.randn(size, size)).Q for size in (48, 64))
+    left[7] *= 2.0**-exponent
+    problem = Problem(x.flatten(1), left, right)
+    check(case, launch(sm90, tmp_path, case, problem), problem)
+    y, exact = transform(sm90, tmp_path, case, problem), case.float64(problem)
+    largest = exact.abs().amax(1, keepdim=True)
+    assert ((y - exact).abs() <= case.tolerance.transform * largest).all()
+
+
+@by_precision
+def test_sm90_float32_special_tokens(sm90: Path, tmp_path: Path, precision: str) -> None:
+    case = Case(50, 96, 9, FLOAT32, precision=precision)
+    problem, special = spoil(case.random_problem())
+    check_special(case, launch(sm90, tmp_path, case, problem), problem, special)
+
+
 # ------------------------------------------------------------------------------------- sm80
 
 
@@ -765,6 +865,8 @@ KERNEL_CASES = [
     ("sm90", Case(64, 64, 5)),
     ("sm90", Case(50, 72, 5, BFLOAT16, packed=False)),
     ("sm90", Case(130, 160, 3)),
+    ("sm90", Case(56, 64, 5, FLOAT32)),
+    ("sm90", Case(100, 128, 5, FLOAT32, packed=False)),
     ("sm80", Case(24, 24, 5, packed=False)),
     ("sm80", Case(62, 68, 5, BFLOAT16)),
     ("sm80", Case(13, 17, 5, packed=False)),  # features odd, rows of Y at any address
@@ -847,7 +949,7 @@ def test_transform(
     assert (
         (y == expected)
         | (y.isnan() & expected.isnan())
-        | (errors <= accuracy.TOLERANCES[case.judged_as].transform * largest)
+        | (errors <= case.tolerance.transform * largest)
     ).all()
     for dtype in (FLOAT16, BFLOAT16):
         rounded = transform(program, tmp_path, replace(case, out_dtype=dtype), problem)

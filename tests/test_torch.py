@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from problems import DTYPES, NO_GPU, dtype_name, exact_problem, random_problem
+from problems import DTYPES, NO_GPU, dtype_name, exact_problem, float64, random_problem
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatquant import (
+    accuracy,
+    available_kernels,
     fake_quantize,
     flatquant_dynamic_quantize,
     flatquant_dynamic_quantize_many,
@@ -89,6 +92,71 @@ def test_the_new_operators_run_the_reference_on_cpu_tensors() -> None:
         many(*problem, [1.0, 1.0], [], False, "simt")
     with pytest.raises(ValueError, match="kernel_name must be 'auto' or 'reference'.*got 'simt'"):
         transform(*problem, torch.float32, "simt")
+
+
+def test_the_operators_know_two_precisions_of_float32() -> None:
+    problem = random_problem(8, 16, 5, torch.float32)
+    for precision in ("highest", "high"):
+        expected = reference.dynamic_quantize(*problem, 1.0, False)
+        assert equal(operator(*problem, 1.0, False, "auto", precision), expected)
+    for call in (
+        lambda: operator(*problem, 1.0, False, "auto", "medium"),
+        lambda: many(*problem, [1.0, 1.0], [], False, "auto", "medium"),
+        lambda: transform(*problem, torch.float32, "auto", "medium"),
+    ):
+        with pytest.raises(ValueError, match="must be 'highest' or 'high', got 'medium'"):
+            call()
+
+
+@pytest.fixture
+def float32_precision() -> Iterator[None]:
+    """Sets torch's precision of float32 products back after the test."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("float32_precision")
+def test_the_precision_of_float32_is_torchs_at_the_call() -> None:
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        return x * (3 if ops._float32_precision(x) == "high" else 2)
+
+    compiled = torch.compile(scaled, fullgraph=True, backend="eager")
+    one, half = torch.ones(1), torch.ones(1, dtype=torch.float16)
+    for setting, factor in (("highest", 2), ("high", 3), ("medium", 3), ("highest", 2)):
+        torch.set_float32_matmul_precision(setting)
+        assert compiled(one).item() == scaled(one).item() == factor
+        assert compiled(half).item() == scaled(half).item() == 2  # 16 bits have no such choice
+    # The newer interface, which torch does not let one mix with the older everywhere.
+    for name, factor in (("tf32", 3), ("ieee", 2)):
+        torch.backends.cuda.matmul.fp32_precision = name
+        assert scaled(one).item() == factor
+
+
+@pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)
+@pytest.mark.usefixtures("float32_precision")
+@pytest.mark.parametrize("M, N", [(24, 24), (64, 64), (56, 128), (112, 128)])
+def test_tf32_is_as_accurate_as_it_may_be_and_as_fresh_as_the_setting(M: int, N: int) -> None:
+    problem = random_problem(M, N, 200, torch.float32, "cuda")
+    exact = float64(problem)
+
+    def both(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, _ = flatquant_dynamic_quantize(x, *problem[1:])
+        return codes, kronecker_transform(x, *problem[1:])
+
+    compiled = torch.compile(both, fullgraph=True)
+    found = []
+    for setting, tolerance in (("highest", None), ("high", accuracy.TF32)):
+        torch.set_float32_matmul_precision(setting)
+        output = flatquant_dynamic_quantize(*problem)
+        result = accuracy.compare(*output, exact, 1.0, torch.float32, tolerance=tolerance)
+        assert result.ok, f"{setting}: {result}"
+        eager = both(problem.input)
+        assert equal(compiled(problem.input), eager), setting
+        assert torch.equal(eager[0], output[0]), setting
+        found.append(eager[1])
+    if "sm90" in available_kernels(M, N, torch.float32):
+        assert not torch.equal(*found), "TF32 was allowed and not used"
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -25,23 +25,35 @@ inline constexpr ShapeClass shape_classes[] = {
     {128, 208}, {128, 224}, {128, 256}, {144, 192}, {160, 160}, {176, 176}, {192, 192}};
 constexpr int shape_class_count = sizeof(shape_classes) / sizeof(ShapeClass);
 
+// Those that are instantiated for float32 too: fewer, as few models run in it, and no larger ones,
+// as a factor takes twice the shared memory. Their columns fill whole panels.
+constexpr bool has_float32(ShapeClass shape) {
+  constexpr ShapeClass classes[] = {{32, 32}, {64, 64}, {64, 128}, {96, 128}, {128, 128}};
+  for (const ShapeClass other : classes) {
+    if (shape.depth == other.depth && shape.cols == other.cols) return true;
+  }
+  return false;
+}
+
 // Index into shape_classes, -1 where none holds the problem.
-constexpr int find_shape_class(int rows, int cols) {
+constexpr int find_shape_class(Dtype dtype, int rows, int cols) {
   for (int i = 0; i < shape_class_count; ++i) {
-    if (shape_classes[i].holds(rows, cols)) return i;
+    const ShapeClass shape = shape_classes[i];
+    if (dtype == Dtype::float32 && !has_float32(shape)) continue;
+    if (shape.holds(rows, cols)) return i;
   }
   return -1;
 }
 
 // Multiply-adds of a token in its class, the padded ones too.
-constexpr int work(int rows, int cols) {
-  const ShapeClass shape = shape_classes[find_shape_class(rows, cols)];
+constexpr int work(Dtype dtype, int rows, int cols) {
+  const ShapeClass shape = shape_classes[find_shape_class(dtype, rows, cols)];
   return 64 * shape.row_tiles() * shape.cols * (shape.depth + shape.cols);
 }
 
 // The copy engine reads rows in units of 16 bytes.
-constexpr bool serves(int rows, int cols) {
-  return rows >= 1 && cols >= 1 && cols % 8 == 0 && find_shape_class(rows, cols) >= 0;
+constexpr bool serves(Dtype dtype, int rows, int cols) {
+  return rows >= 1 && cols >= 1 && cols % 8 == 0 && find_shape_class(dtype, rows, cols) >= 0;
 }
 
 // With one factor only, rows can be cut or joined: left^T @ X is kron(left, I)^T @ X' for X' of
@@ -59,8 +71,9 @@ constexpr Problem regrouped(const Problem& problem) {
     other.rows = cuts ? problem.rows * repeats : problem.rows / repeats;
     other.cols = cuts ? problem.cols / repeats : problem.cols * repeats;
     (cuts ? other.left_repeats : other.right_repeats) = repeats;
-    if (serves(other.rows, other.cols) &&
-        work(other.rows, other.cols) < work(best.rows, best.cols)) {
+    const Dtype dtype = problem.dtype;
+    if (serves(dtype, other.rows, other.cols) &&
+        work(dtype, other.rows, other.cols) < work(dtype, best.rows, best.cols)) {
       best = other;
     }
   }
@@ -93,46 +106,58 @@ constexpr int registers(int warpgroups) {
   return share < 255 ? share : 255;
 }
 
-// A thread holds Y's accumulator (cols / 2) and W as A fragments (cols / 4); some 32 more serve
-// everything else.
-constexpr bool registers_suffice(int warpgroups, int cols) {
-  return cols * 3 / 4 + 32 <= registers(warpgroups);
+// A thread holds Y's accumulator (cols / 2) and W as A fragments (cols / 4 for each part, see
+// Config); some 32 more serve everything else, and 8 a second part.
+constexpr bool registers_suffice(int warpgroups, int cols, int parts) {
+  return cols * (2 + parts) / 4 + 24 + 8 * parts <= registers(warpgroups);
 }
 
 // Tokens in work at once, each by row_tiles warpgroups: one's epilogue runs beside the others'
 // products.
-constexpr int tokens_at_once(int row_tiles, int cols) {
+constexpr int tokens_at_once(int row_tiles, int cols, int parts) {
   int tokens = 8 / row_tiles;
-  while (tokens > 1 && !registers_suffice(tokens * row_tiles, cols)) --tokens;
+  while (tokens > 1 && !registers_suffice(tokens * row_tiles, cols, parts)) --tokens;
   return tokens;
 }
 
 // Where that is one token, the next one's first product can run under its epilogue: a second
 // accumulator.
 constexpr bool overlaps(int row_tiles, int cols) {
-  return tokens_at_once(row_tiles, cols) == 1 && cols + 40 <= registers(row_tiles);
+  return tokens_at_once(row_tiles, cols, 1) == 1 && cols + 40 <= registers(row_tiles);
 }
 
-template <class Element_, int depth_, int cols_>
+// wgmma multiplies matrices of Operand. One of float32 is the sum of `parts` float16 matrices, with
+// 11 bits each: two for Precision::highest, one for Precision::high.
+template <class Element_, class Operand_, int depth_, int cols_, int parts_ = 1>
 struct Config {
-  using Element = Element_;
+  using Element = Element_;  // of the problem
+  using Operand = Operand_;  // 2 bytes
+  static constexpr int parts = parts_;
+  static constexpr bool is_float32 = sizeof(Element) == 4;
   static constexpr int depth = depth_;
   static constexpr int cols = cols_;
   static constexpr int row_tiles = ShapeClass{depth, cols}.row_tiles();
 
-  static constexpr int groups = tokens_at_once(row_tiles, cols);  // a group works on one token
+  static constexpr int groups = tokens_at_once(row_tiles, cols, parts);  // each on one token
   static constexpr int group_threads = row_tiles * 128;
   static constexpr int threads = groups * group_threads;
-  static constexpr bool overlaps = sm90::overlaps(row_tiles, cols);
+  static constexpr bool overlaps = !is_float32 && sm90::overlaps(row_tiles, cols);
 
-  // Shared memory: SharedStorage, then right, left and the ring of tokens.
+  // Shared memory: SharedStorage, then right, left and the ring of tokens, the parts of a matrix
+  // one after the other. A float32 token is split in place.
   static constexpr int width = Panel::width(cols);
   static constexpr int panel_cols = (cols + width - 1) / width * width;  // in whole panels
-  static constexpr int token_bytes = depth * panel_cols * 2;
+  static constexpr int right_bytes = (cols * panel_cols * 2 + 1023) / 1024 * 1024;
+  static constexpr int left_bytes = depth * 64 * row_tiles * 2;
+  static constexpr int part_bytes = depth * panel_cols * 2;  // of a token
+  // A token arrives in boxes of so many columns.
+  static constexpr int box_cols = is_float32 ? cols : width;
+  static constexpr int token_bytes = depth * panel_cols * static_cast<int>(sizeof(Element));
+  static_assert(!is_float32 || panel_cols == cols);
   // Two KiB where the stages are many.
   static constexpr int right_offset = token_bytes <= 2048 ? 2048 : 1024;
-  static constexpr int left_offset = right_offset + (cols * panel_cols * 2 + 1023) / 1024 * 1024;
-  static constexpr int ring_offset = left_offset + depth * 64 * row_tiles * 2;
+  static constexpr int left_offset = right_offset + parts * right_bytes;
+  static constexpr int ring_offset = left_offset + parts * left_bytes;
   static constexpr int stage_bytes = (token_bytes + 1023) / 1024 * 1024;
   static constexpr int stages_that_fit = (227 * 1024 - ring_offset) / stage_bytes;
   // Some 96 KiB in flight cover the latency of memory.

@@ -8,9 +8,14 @@
 // over the group, then quantises the accumulators and stores whole words, for one output after the
 // other; the token is read once and its codes are written once. Without a left factor the identity
 // is staged, as W is then X to the bit; without a right one W is Y, and lanes exchange its columns
-// instead. Shared memory: barriers, token numbers and extremes, right, left and the
-// ring, all operands in the panel layout (config.h). One block stays on each SM. Bound by memory,
-// or by tensor cores where rows + cols is large.
+// instead. Shared memory: barriers, token numbers and extremes, right, left and the ring, all
+// operands in the panel layout (config.h). One block stays on each SM. Bound by memory, or by
+// tensor cores where rows + cols is large.
+// float32: each matrix, times a power of two that brings it into float16's range, is the sum of two
+// float16 matrices (or rounded to one, see Config), and a product that of their products but for
+// the smallest. A token is split in place, by its group, once it has arrived. One whose Y lies so
+// far below what its X and the factors could make that float16's smallest number would show is
+// computed again exactly.
 #pragma once
 
 #include <type_traits>
@@ -34,6 +39,10 @@ struct SharedStorage {
     alignas(16) Magnitude magnitudes[2][Config::groups][group_warps];
     alignas(16) Extremes extremes[2][Config::groups][group_warps];
   };
+  // For float32: of each warp, the largest magnitude of its part of a token; of the block, those of
+  // left and right, as bits.
+  alignas(16) Magnitude token_magnitudes[Config::is_float32 ? Config::groups : 1][group_warps];
+  uint32_t factor_magnitudes[2];
 };
 
 template <class Config>
@@ -104,11 +113,11 @@ __device__ void fill(const CUtensorMap& input_map, const Problem& problem,
   shared.storage->tokens[stage] = token;
   mbarrier_arrive_expect_bytes(full, exists ? Config::token_bytes : 0);
   if (!exists) return;
-  unsigned char* panels = shared.ring + stage * Config::stage_bytes;
+  auto* panels =
+      reinterpret_cast<typename Config::Element*>(shared.ring + stage * Config::stage_bytes);
 #pragma unroll
-  for (int col = 0; col < Config::panel_cols; col += Config::width) {
-    tma_load_3d(&input_map, full, panels + col * Config::depth * 2, col, 0,
-                static_cast<int>(token));
+  for (int col = 0; col < Config::panel_cols; col += Config::box_cols) {
+    tma_load_3d(&input_map, full, panels + col * Config::depth, col, 0, static_cast<int>(token));
   }
 }
 
@@ -124,89 +133,154 @@ __device__ __forceinline__ void for_each(Visit visit) {
   for (int row = threadIdx.x / columns; row < rows; row += step) visit(row, column);
 }
 
+// Offsets in shared memory, in elements of a part.
+template <class Config>
+__device__ __forceinline__ int right_offset(int k, int col) {
+  return Panel::offset(Config::width, Config::cols, k, ColumnOrder<Config::cols>::position(col));
+}
+template <class Config>
+__device__ __forceinline__ int left_offset(int k, int m) {
+  return Panel::offset(64, Config::depth, k, m);
+}
+
+// An element of kron(left, I), or of the identity, padded with zeros.
+template <class Element>
+__device__ __forceinline__ Element left_element(const Problem& problem, int k, int m) {
+  const auto* left = static_cast<const Element*>(problem.left);
+  const int repeats = left == nullptr ? problem.rows : problem.left_repeats;
+  if (k >= problem.rows || m >= problem.rows || k % repeats != m % repeats) return Element(0.0f);
+  return left == nullptr ? Element(1.0f) : left[k / repeats * problem.left_size() + m / repeats];
+}
+// The same of kron(I, right).
+template <class Element>
+__device__ __forceinline__ Element right_element(const Problem& problem, int k, int col) {
+  const auto* right = static_cast<const Element*>(problem.right);
+  const int size = problem.right_size();
+  if (k >= problem.cols || k / size != col / size) return Element(0.0f);
+  return right[k % size * size + col % size];
+}
+
 // Starts copying both factors to shared memory, padded with zeros. Asynchronous, and before all but
 // the first tokens are asked for: behind those, which fill the queues of memory, they would wait.
 template <class Config>
 __device__ void start_staging_factors(const Problem& problem, const SharedMemory<Config>& shared) {
   using Element = typename Config::Element;
-  const auto* left = static_cast<const Element*>(problem.left);
-  const auto* right = static_cast<const Element*>(problem.right);
   auto* shared_left = reinterpret_cast<Element*>(shared.left);
   auto* shared_right = reinterpret_cast<Element*>(shared.right);
 
-  const auto right_offset = [](int k, int col) {
-    return Panel::offset(Config::width, Config::cols, k, ColumnOrder<Config::cols>::position(col));
-  };
-  if (right == nullptr) {
+  if (problem.right == nullptr) {
     // W is Y.
   } else if (problem.right_repeats == 1) {
+    const auto* right = static_cast<const Element*>(problem.right);
     for_each<Config, Config::cols, Config::cols / 2>([&](int k, int pair) {
       const bool inside = k < problem.cols && 2 * pair < problem.cols;
-      copy_async<4>(&shared_right[right_offset(k, 2 * pair)],
+      copy_async<4>(&shared_right[right_offset<Config>(k, 2 * pair)],
                     right + (inside ? k * problem.cols + 2 * pair : 0), inside);
     });
   } else {
     for_each<Config, Config::cols, Config::cols>([&](int k, int col) {
-      const int size = problem.right_size();
-      const bool inside = k < problem.cols && k / size == col / size;
-      shared_right[right_offset(k, col)] =
-          inside ? right[k % size * size + col % size] : Element(0.0f);
+      shared_right[right_offset<Config>(k, col)] = right_element<Element>(problem, k, col);
     });
   }
 
-  if (left != nullptr && problem.left_repeats == 1 && problem.rows % 8 == 0) {
+  if (problem.left != nullptr && problem.left_repeats == 1 && problem.rows % 8 == 0) {
+    const auto* left = static_cast<const Element*>(problem.left);
     for_each<Config, Config::depth, 8 * Config::row_tiles>([&](int k, int octet) {
       const bool inside = k < problem.rows && 8 * octet < problem.rows;
-      copy_async<16>(&shared_left[Panel::offset(64, Config::depth, k, 8 * octet)],
+      copy_async<16>(&shared_left[left_offset<Config>(k, 8 * octet)],
                      left + (inside ? k * problem.rows + 8 * octet : 0), inside);
     });
   } else {
     for_each<Config, Config::depth, 64 * Config::row_tiles>([&](int k, int m) {
-      const int repeats = left == nullptr ? problem.rows : problem.left_repeats;
-      const bool inside = k < problem.rows && m < problem.rows && k % repeats == m % repeats;
-      shared_left[Panel::offset(64, Config::depth, k, m)] =
-          !inside           ? Element(0.0f)
-          : left == nullptr ? Element(1.0f)
-                            : left[k / repeats * problem.left_size() + m / repeats];
+      shared_left[left_offset<Config>(k, m)] = left_element<Element>(problem, k, m);
     });
   }
 }
 
-// Starts W = left^T @ X for 64 rows. Accumulator 4 * block + 2 * half + e of a lane is row lane / 4
-// + 8 * half of its warp's 16, column 8 * block + 2 * (lane % 4) + e.
-template <class Config>
-__device__ void start_first_product(float (&w)[Config::cols / 2], uint64_t left, uint64_t token) {
-  wgmma_begin(w);
-#pragma unroll
-  for (int k = 0; k < Config::depth; k += 16) {
-    wgmma<typename Config::Element, Config::cols>(w, advance(left, k * 64 * 2),
-                                                  advance(token, k * Config::width * 2), k != 0);
-  }
-  wgmma_commit();
+// The exponent of the power of two that brings `magnitude` just below 2^top; that or a little less
+// where the power would be too large. Any for NaN and Inf.
+__device__ __forceinline__ int scale_exponent(float magnitude, int top) {
+  const int exponent = 126 + top - static_cast<int>(float_bits(magnitude) >> 23);
+  return magnitude == 0.0f ? 0 : exponent > 126 ? 126 : exponent;
+}
+__device__ __forceinline__ float power_of_two(int exponent) {
+  return bits_float((exponent + 127) << 23);
 }
 
-// Y = W @ right for 64 rows: an accumulator of W is, in the same order, an A fragment.
-template <class Config>
-__device__ void second_product(float (&y)[Config::cols / 2], float (&w)[Config::cols / 2],
-                               uint64_t right) {
-  using Element = typename Config::Element;
-  uint32_t a[Config::cols / 4];
-#pragma unroll
-  for (int i = 0; i < Config::cols / 4; ++i) a[i] = pack_pair(Element(), w[2 * i], w[2 * i + 1]);
-  wgmma_begin(a, y);
-#pragma unroll
-  for (int k = 0; k < Config::cols; k += 16) {
-    wgmma<Element, Config::cols>(y, a + k / 4, advance(right, k * Config::width * 2), k != 0);
+// A pair of values as the sum of `parts` pairs of float16.
+template <int parts>
+__device__ __forceinline__ void split_pair(uint32_t (&pairs)[parts], float low, float high) {
+  pairs[0] = pack_pair(__half(), low, high);
+  if constexpr (parts == 2) {
+    const float2 rounded = __half22float2(reinterpret_cast<const __half2&>(pairs[0]));
+    pairs[1] = pack_pair(__half(), low - rounded.x, high - rounded.y);
   }
-  wgmma_commit();
-  wgmma_wait(y);
 }
 
-// What Y of the token is reduced to, the same in all threads of its group; `all` has a place for
+// Below which powers of two tokens and factors are brought: W, of up to 128 products, then stays in
+// float16's range.
+constexpr int token_top = 4, left_top = 4, right_top = 15;
+
+// Where max|Y| so scaled is less, the 2^-25 that an element may lose to float16's smallest number
+// could show in Y by more than 2^-18 of max|Y|: a factor undoes what some rows of its operand have
+// too much of. Orthogonal factors keep max|Y| eight times larger, even with tokens of one outlier.
+__device__ __forceinline__ float least_magnitude(const Problem& problem) {
+  return problem.right == nullptr ? 0x1p1f : 0x1p16f;
+}
+
+// To the same element of each part, `part_bytes` apart.
+template <class Config>
+__device__ __forceinline__ void store_split(unsigned char* matrix, int part_bytes, int element,
+                                            float low, float high) {
+  uint32_t pairs[Config::parts];
+  split_pair(pairs, low, high);
+#pragma unroll
+  for (int i = 0; i < Config::parts; ++i) {
+    *reinterpret_cast<uint32_t*>(matrix + i * part_bytes + 2 * element) = pairs[i];
+  }
+}
+
+// Brings both factors to shared memory, scaled and split. Returns the sum of the scales' exponents.
+template <class Config>
+__device__ int stage_split_factors(const Problem& problem, const SharedMemory<Config>& shared) {
+  uint32_t* const magnitudes = shared.storage->factor_magnitudes;
+  if (threadIdx.x < 2) magnitudes[threadIdx.x] = 0;
+  __syncthreads();
+  const auto find_magnitude = [&](const void* factor, int size, uint32_t* magnitude) {
+    Magnitude largest{factor == nullptr ? 1.0f : 0.0f};
+#pragma unroll 8
+    for (int i = threadIdx.x; factor != nullptr && i < size * size; i += Config::threads) {
+      largest.include({static_cast<const float*>(factor)[i]});
+    }
+    largest = warp_reduce(largest);
+    if (threadIdx.x % 32 == 0) atomicMax(magnitude, float_bits(largest.max));
+  };
+  find_magnitude(problem.left, problem.left_size(), &magnitudes[0]);
+  find_magnitude(problem.right, problem.right_size(), &magnitudes[1]);
+  __syncthreads();
+  const int left_exponent = scale_exponent(bits_float(magnitudes[0]), left_top);
+  const float left_scale = power_of_two(left_exponent);
+  for_each<Config, Config::depth, 32 * Config::row_tiles>([&](int k, int pair) {
+    store_split<Config>(shared.left, Config::left_bytes, left_offset<Config>(k, 2 * pair),
+                        left_scale * left_element<float>(problem, k, 2 * pair),
+                        left_scale * left_element<float>(problem, k, 2 * pair + 1));
+  });
+  if (problem.right == nullptr) return left_exponent;  // W is Y
+  const int right_exponent = scale_exponent(bits_float(magnitudes[1]), right_top);
+  const float right_scale = power_of_two(right_exponent);
+  for_each<Config, Config::cols, Config::cols / 2>([&](int k, int pair) {
+    store_split<Config>(shared.right, Config::right_bytes, right_offset<Config>(k, 2 * pair),
+                        right_scale * right_element<float>(problem, k, 2 * pair),
+                        right_scale * right_element<float>(problem, k, 2 * pair + 1));
+  });
+  return left_exponent + right_exponent;
+}
+
+// What threads of a group have, reduced over it and the same in all of them; `all` has a place for
 // each of its warps.
 template <class Config, class Reduced>
-__device__ Reduced reduce_token(const float (&y)[Config::cols / 2], Reduced* all, int group) {
-  Reduced result = warp_reduce(reduce<Reduced>(y));
+__device__ Reduced reduce_group(const Reduced& own, Reduced* all, int group) {
+  Reduced result = warp_reduce(own);
 
   constexpr int warps = Config::group_threads / 32;
   if (threadIdx.x % 32 == 0) all[threadIdx.x / 32 % warps] = result;
@@ -220,6 +294,126 @@ __device__ Reduced reduce_token(const float (&y)[Config::cols / 2], Reduced* all
     for (const Reduced& value : vector.values) result.include(value);
   }
   return result;
+}
+
+// How a float32 token was scaled.
+struct TokenSplit {
+  int exponent;
+  bool is_zero;
+};
+
+// Scales and splits a token that has arrived, in place.
+template <class Config>
+__device__ TokenSplit split_token(unsigned char* stage, const SharedMemory<Config>& shared,
+                                  int group) {
+  constexpr int quads = Config::depth * Config::cols / 4 / Config::group_threads;
+  static_assert(quads * 4 * Config::group_threads == Config::depth * Config::cols);
+  const int thread = threadIdx.x % Config::group_threads;
+  float4 values[quads];
+  Magnitude magnitude;
+#pragma unroll
+  for (int i = 0; i < quads; ++i) {
+    values[i] = reinterpret_cast<const float4*>(stage)[thread + i * Config::group_threads];
+    magnitude.include({values[i].x});
+    magnitude.include({values[i].y});
+    magnitude.include({values[i].z});
+    magnitude.include({values[i].w});
+  }
+  // Past its barrier all of the token is in registers.
+  magnitude = reduce_group<Config>(magnitude, shared.storage->token_magnitudes[group], group);
+  const int exponent = scale_exponent(magnitude.max, token_top);
+  const float scale = power_of_two(exponent);
+#pragma unroll
+  for (int i = 0; i < quads; ++i) {
+    const int element = 4 * (thread + i * Config::group_threads);
+    const int offset =
+        Panel::offset(Config::width, Config::depth, element / Config::cols, element % Config::cols);
+    uint32_t low[Config::parts], high[Config::parts];
+    split_pair(low, scale * values[i].x, scale * values[i].y);
+    split_pair(high, scale * values[i].z, scale * values[i].w);
+#pragma unroll
+    for (int part = 0; part < Config::parts; ++part) {
+      *reinterpret_cast<uint2*>(stage + part * Config::part_bytes + 2 * offset) =
+          make_uint2(low[part], high[part]);
+    }
+  }
+  fence_proxy_async();
+  named_barrier_sync(group, Config::group_threads);
+  return {exponent, magnitude.max == 0.0f};
+}
+
+// Calls multiply(a's part, b's part) for the products that count, the largest last.
+template <class Config, class Multiply>
+__device__ __forceinline__ void for_each_product(Multiply multiply) {
+#pragma unroll
+  for (int sum = Config::parts - 1; sum >= 0; --sum) {
+#pragma unroll
+    for (int part = 0; part <= sum; ++part) multiply(part, sum - part);
+  }
+}
+
+// Starts W = left^T @ X for 64 rows. Accumulator 4 * block + 2 * half + e of a lane is row lane / 4
+// + 8 * half of its warp's 16, column 8 * block + 2 * (lane % 4) + e.
+template <class Config>
+__device__ void start_first_product(float (&w)[Config::cols / 2], uint64_t left, uint64_t token) {
+  using Operand = typename Config::Operand;
+  wgmma_begin(w);
+  bool accumulate = false;
+  for_each_product<Config>([&](int a, int b) {
+#pragma unroll
+    for (int k = 0; k < Config::depth; k += 16) {
+      wgmma<Operand, Config::cols>(w, advance(left, a * Config::left_bytes + k * 64 * 2),
+                                   advance(token, b * Config::part_bytes + k * Config::width * 2),
+                                   accumulate);
+      accumulate = true;
+    }
+  });
+  wgmma_commit();
+}
+
+// Y = W @ right for 64 rows: an accumulator of W is, in the same order, an A fragment.
+template <class Config>
+__device__ void second_product(float (&y)[Config::cols / 2], float (&w)[Config::cols / 2],
+                               uint64_t right) {
+  using Operand = typename Config::Operand;
+  constexpr int size = Config::cols / 4;
+  uint32_t a[Config::parts * size];
+#pragma unroll
+  for (int i = 0; i < size; ++i) {
+    if constexpr (Config::is_float32) {
+      uint32_t pairs[Config::parts];
+      split_pair(pairs, w[2 * i], w[2 * i + 1]);
+#pragma unroll
+      for (int part = 0; part < Config::parts; ++part) a[part * size + i] = pairs[part];
+    } else {
+      a[i] = pack_pair(Operand(), w[2 * i], w[2 * i + 1]);
+    }
+  }
+  wgmma_begin(a, y);
+  bool accumulate = false;
+  for_each_product<Config>([&](int part, int b) {
+#pragma unroll
+    for (int k = 0; k < Config::cols; k += 16) {
+      wgmma<Operand, Config::cols>(y, a + part * size + k / 4,
+                                   advance(right, b * Config::right_bytes + k * Config::width * 2),
+                                   accumulate);
+      accumulate = true;
+    }
+  });
+  wgmma_commit();
+  wgmma_wait(y);
+}
+
+// Takes the scales off Y again. Returns below which max|Y| the token is to be computed again; Y is
+// NaN where float32 has no such power of two.
+template <class Config>
+__device__ __forceinline__ float scale_back(float (&y)[Config::cols / 2], const TokenSplit& token,
+                                            int factor_exponents, const Problem& problem) {
+  const int exponent = -(token.exponent + factor_exponents);
+  const float scale = exponent >= -126 && exponent <= 127 ? power_of_two(exponent) : NAN;
+#pragma unroll
+  for (float& value : y) value *= scale;
+  return token.is_zero ? 0.0f : scale * least_magnitude(problem);
 }
 
 template <class Config>
@@ -242,20 +436,21 @@ __device__ __forceinline__ void store_codes(const float (&y)[Config::cols / 2],
 template <class Config, Outputs outputs, class Refill>
 __device__ void epilogue(float (&y)[Config::cols / 2], const Problem& problem,
                          const SharedMemory<Config>& shared, uint32_t token, ThreadRows thread,
-                         int group, int set, const Ratios& ratios, Refill refill) {
-  const auto reduce = [&](int used) {
+                         int group, int set, const Ratios& ratios, float least, Refill refill) {
+  const auto reduce_token = [&](int used) {
     auto& storage = *shared.storage;
     if constexpr (outputs == Outputs::simple) {
-      return reduce_token<Config>(y, storage.magnitudes[used][group], group);
+      return reduce_group<Config>(reduce<Magnitude>(y), storage.magnitudes[used][group], group);
     } else {
-      return reduce_token<Config>(y, storage.extremes[used][group], group);
+      return reduce_group<Config>(reduce<Extremes>(y), storage.extremes[used][group], group);
     }
   };
-  Reduced<outputs> reduced = reduce(set);
+  Reduced<outputs> reduced = reduce_token(set);
   if constexpr (!Config::refills_early) refill();  // the group's barrier is past
-  if (!(reduced.magnitude() < INFINITY)) {
+  const float magnitude = reduced.magnitude();
+  if (!(magnitude < INFINITY) || (Config::is_float32 && magnitude < least)) {
     exact_transform<typename Config::Element>(y, problem, token, thread);
-    reduced = reduce(set ^ 1);
+    reduced = reduce_token(set ^ 1);
     named_barrier_sync(group, Config::group_threads);  // all have read this set
   }
   if constexpr (outputs == Outputs::simple) {
@@ -277,7 +472,8 @@ __device__ void epilogue(float (&y)[Config::cols / 2], const Problem& problem,
 
 template <class Config, Outputs outputs>
 __device__ void work(const CUtensorMap& input_map, const Problem& problem,
-                     const SharedMemory<Config>& shared, TokenSource<Config>& source) {
+                     const SharedMemory<Config>& shared, TokenSource<Config>& source,
+                     int factor_exponents) {
   const int warpgroup = warp_uniform(threadIdx.x / 128);
   const int group = warpgroup / Config::row_tiles, row_tile = warpgroup % Config::row_tiles;
   const ThreadRows thread{
@@ -293,12 +489,16 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
   const Ratios ratios(lane_output(problem));
   int stage = group;
   uint32_t parity = 0;  // of the stage's use
+  TokenSplit token_split{};
   float w[Config::cols / 2], y[Config::cols / 2];
   // Unconditional, as a condition would serialise wgmma: past the last token it multiplies what an
   // earlier one left, and nobody looks at it. Returns the token.
   auto start = [&] {
     mbarrier_wait(&shared.storage->full[stage], parity);
     const uint32_t token = warp_uniform(shared.storage->tokens[stage]);
+    if constexpr (Config::is_float32) {
+      token_split = split_token(shared.ring + stage * Config::stage_bytes, shared, group);
+    }
     start_first_product<Config>(w, left, advance(ring, stage * Config::stage_bytes));
     return token;
   };
@@ -327,9 +527,13 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
     } else {
       second_product<Config>(y, w, right);
     }
+    float least = 0.0f;
+    if constexpr (Config::is_float32) {
+      least = scale_back<Config>(y, token_split, factor_exponents, problem);
+    }
     uint32_t next;
     if constexpr (Config::overlaps) next = start();
-    epilogue<Config, outputs>(y, problem, shared, token, thread, group, set, ratios, refill);
+    epilogue<Config, outputs>(y, problem, shared, token, thread, group, set, ratios, least, refill);
     set ^= 1;
     if constexpr (!Config::overlaps) next = start();
     token = next;
@@ -353,7 +557,12 @@ __global__ void __launch_bounds__(Config::threads, 1)
     mbarrier_init_fence();
     fill(input_map, problem, shared, group, first);
   }
-  start_staging_factors<Config>(problem, shared);
+  int factor_exponents = 0;
+  if constexpr (Config::is_float32) {
+    factor_exponents = stage_split_factors(problem, shared);
+  } else {
+    start_staging_factors(problem, shared);
+  }
   TokenSource<Config> source(problem, first);
   if (fills) {
     for (int stage = group + Config::groups; stage < Config::stages; stage += Config::groups) {
@@ -363,7 +572,7 @@ __global__ void __launch_bounds__(Config::threads, 1)
   copy_async_wait();
   fence_proxy_async();
   __syncthreads();
-  work<Config, outputs>(input_map, problem, shared, source);
+  work<Config, outputs>(input_map, problem, shared, source, factor_exponents);
 #endif
 }
 

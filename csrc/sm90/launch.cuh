@@ -38,22 +38,27 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder(const Problem& probl
 // Input as (tokens, rows, cols), cols innermost; a box is one panel of one token.
 template <class Config>
 CUtensorMap make_input_map(const Problem& problem) {
-  constexpr bool is_half = std::is_same_v<typename Config::Element, __half>;
-  constexpr CUtensorMapSwizzle swizzle = Config::width == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+  using Element = typename Config::Element;
+  constexpr CUtensorMapDataType type = Config::is_float32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                       : std::is_same_v<Element, __half>
+                                           ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                           : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  constexpr CUtensorMapSwizzle swizzle = Config::is_float32    ? CU_TENSOR_MAP_SWIZZLE_NONE
+                                         : Config::width == 64 ? CU_TENSOR_MAP_SWIZZLE_128B
                                          : Config::width == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                                : CU_TENSOR_MAP_SWIZZLE_32B;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(problem.cols),
                               static_cast<cuuint64_t>(problem.rows),
                               static_cast<cuuint64_t>(problem.tokens)};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(problem.cols) * 2,
-                                static_cast<cuuint64_t>(problem.input_stride) * 2};
-  const cuuint32_t box[] = {Config::width, Config::depth, 1};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(problem.cols) * sizeof(Element),
+                                static_cast<cuuint64_t>(problem.input_stride) * sizeof(Element)};
+  const cuuint32_t box[] = {Config::box_cols, Config::depth, 1};
   const cuuint32_t steps[] = {1, 1, 1};
   CUtensorMap map;
   const CUresult result = tensor_map_encoder(problem)(
-      &map, is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,
-      const_cast<void*>(problem.input), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      swizzle, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      &map, type, 3, const_cast<void*>(problem.input), sizes, strides, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("flatquant: kernel 'sm90' failed on " + describe(problem) +
                              ": tensor map rejected, CUresult " + std::to_string(result));
@@ -78,18 +83,26 @@ void launch_kernel(const Problem& problem, cudaStream_t stream) {
 template <class Element, int row_tiles, int index>
 void launch_if(int wanted, const Problem& problem, cudaStream_t stream) {
   constexpr ShapeClass shape = shape_classes[index];
-  if constexpr (shape.row_tiles() == row_tiles) {
+  if constexpr (shape.row_tiles() != row_tiles) {
+    return;
+  } else if constexpr (!std::is_same_v<Element, float>) {
     if (index != wanted) return;
-    using Class = Config<Element, shape.depth, shape.cols>;
+    using Class = Config<Element, Element, shape.depth, shape.cols>;
     problem.is_simple() ? launch_kernel<Class, Outputs::simple>(problem, stream)
                         : launch_kernel<Class, Outputs::any>(problem, stream);
+  } else if constexpr (has_float32(shape)) {
+    if (index != wanted) return;
+    using Highest = Config<float, __half, shape.depth, shape.cols, 2>;
+    using High = Config<float, __half, shape.depth, shape.cols, 1>;
+    problem.precision == Precision::highest ? launch_kernel<Highest, Outputs::any>(problem, stream)
+                                            : launch_kernel<High, Outputs::any>(problem, stream);
   }
 }
 
 template <class Element, int row_tiles, int... indices>
 void launch_any(const Problem& problem, cudaStream_t stream,
                 std::integer_sequence<int, indices...>) {
-  const int wanted = find_shape_class(problem.rows, problem.cols);
+  const int wanted = find_shape_class(problem.dtype, problem.rows, problem.cols);
   (launch_if<Element, row_tiles, indices>(wanted, problem, stream), ...);
 }
 

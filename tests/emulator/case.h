@@ -41,7 +41,7 @@ class Buffer {
 struct CaseHeader {
   int64_t rows, cols, tokens, input_stride, dtype, storage, blocks, seed, fill;
   int64_t has_left, has_right;
-  int64_t output_count, ratios_on_device, transformed_dtype;
+  int64_t output_count, ratios_on_device, transformed_dtype, precision;
   float ratios[flatquant::max_outputs][2];
 };
 
@@ -71,6 +71,7 @@ int run_case(int argument_count, char** arguments, Launch launch) {
   problem.rows = static_cast<int>(header.rows);
   problem.cols = static_cast<int>(header.cols);
   problem.dtype = static_cast<flatquant::Dtype>(header.dtype);
+  problem.precision = static_cast<flatquant::Precision>(header.precision);
   problem.storage = static_cast<flatquant::Storage>(header.storage);
   problem.output_count = static_cast<int>(header.output_count);
   problem.transformed_dtype = static_cast<flatquant::Dtype>(header.transformed_dtype);

@@ -11,46 +11,64 @@ using namespace flatquant::sm90;
 template <class Config>
 CUtensorMap make_input_map(const Problem& problem) {
   const auto size = [](int64_t value) { return static_cast<uint64_t>(value); };
+  constexpr int element = sizeof(typename Config::Element);
   return emulator::TensorMap{emulator::TensorMap::expected_magic,
                              static_cast<const unsigned char*>(problem.input),
                              {size(problem.cols), size(problem.rows), size(problem.tokens)},
-                             {size(problem.cols * 2), size(problem.input_stride * 2)},
-                             {Config::width, Config::depth, 1},
-                             2,
-                             Config::width * 2}
+                             {size(problem.cols * element), size(problem.input_stride * element)},
+                             {Config::box_cols, Config::depth, 1},
+                             element,
+                             Config::is_float32 ? 0 : Config::width * 2}
       .encode();
+}
+
+template <class Class, Outputs outputs>
+void launch_class(const Problem& problem, unsigned blocks, uint64_t seed) {
+  const CUtensorMap map = make_input_map<Class>(problem);
+  emulator::attach_sm90();
+  emulator::machine().launch(dim3(blocks), dim3(Class::threads), Class::shared_bytes, seed,
+                             [&] { kernel<Class, outputs>(map, problem); });
 }
 
 template <class Element, int index>
 void launch_class(const Problem& problem, unsigned blocks, uint64_t seed) {
-  using Class = Config<Element, shape_classes[index].depth, shape_classes[index].cols>;
-  const CUtensorMap map = make_input_map<Class>(problem);
-  emulator::attach_sm90();
-  const auto run =
-      problem.is_simple() ? kernel<Class, Outputs::simple> : kernel<Class, Outputs::any>;
-  emulator::machine().launch(dim3(blocks), dim3(Class::threads), Class::shared_bytes, seed,
-                             [&] { run(map, problem); });
+  constexpr ShapeClass shape = shape_classes[index];
+  constexpr int depth = shape.depth, cols = shape.cols;
+  if constexpr (!std::is_same_v<Element, float>) {
+    using Class = Config<Element, Element, depth, cols>;
+    problem.is_simple() ? launch_class<Class, Outputs::simple>(problem, blocks, seed)
+                        : launch_class<Class, Outputs::any>(problem, blocks, seed);
+  } else if constexpr (has_float32(shape)) {
+    using Highest = Config<float, __half, depth, cols, 2>;
+    using High = Config<float, __half, depth, cols, 1>;
+    problem.precision == Precision::highest
+        ? launch_class<Highest, Outputs::any>(problem, blocks, seed)
+        : launch_class<High, Outputs::any>(problem, blocks, seed);
+  }
 }
 
 template <class Element, int... indices>
 void launch(const Problem& problem, unsigned blocks, uint64_t seed,
             std::integer_sequence<int, indices...>) {
-  const int wanted = find_shape_class(problem.rows, problem.cols);
+  const int wanted = find_shape_class(problem.dtype, problem.rows, problem.cols);
   ((wanted == indices ? launch_class<Element, indices>(problem, blocks, seed) : void()), ...);
 }
 
 int main(int argument_count, char** arguments) {
   return emulator::run_case(
       argument_count, arguments, [](const Problem& problem, unsigned blocks, uint64_t seed) {
-        if (!serves(problem.rows, problem.cols)) {
+        if (!serves(problem.dtype, problem.rows, problem.cols)) {
           emulator::fail("sm90 does not serve %d x %d", problem.rows, problem.cols);
         }
         const Problem best = regrouped(problem);
         const auto classes = std::make_integer_sequence<int, shape_class_count>();
-        if (problem.dtype == Dtype::float16) {
-          launch<__half>(best, blocks, seed, classes);
-        } else {
-          launch<__nv_bfloat16>(best, blocks, seed, classes);
+        switch (problem.dtype) {
+          case Dtype::float16:
+            return launch<__half>(best, blocks, seed, classes);
+          case Dtype::bfloat16:
+            return launch<__nv_bfloat16>(best, blocks, seed, classes);
+          case Dtype::float32:
+            return launch<float>(best, blocks, seed, classes);
         }
       });
 }

@@ -14,7 +14,7 @@ struct TensorMap {
   uint64_t strides[2];  // bytes, of dimensions 1 and 2
   uint32_t box[3];      // elements
   uint32_t element_bytes;
-  uint32_t swizzle_span;  // bytes: 128, 64 or 32
+  uint32_t swizzle_span;  // bytes: 128, 64 or 32, or 0 for rows as they are
 
   // Checks the rules of cuTensorMapEncodeTiled that an unlucky problem could break.
   CUtensorMap encode() const {
@@ -34,7 +34,7 @@ struct TensorMap {
       if (length < 1 || length > 256) fail("tensor map: box length %u", length);
     }
     // A row shorter than the span is allowed, but this model does not know how it lies.
-    if (box[0] * element_bytes != swizzle_span) {
+    if (swizzle_span != 0 && box[0] * element_bytes != swizzle_span) {
       fail("tensor map: box rows of %u bytes, swizzle span %u", box[0] * element_bytes,
            swizzle_span);
     }
@@ -55,6 +55,7 @@ struct TensorMap {
 // Which 16-byte chunk of its row a chunk lies in: address bits 4.. ^= bits 7.., one bit for a span
 // of 32 bytes, two for 64, three for 128.
 inline uint32_t swizzle(uint32_t address, uint32_t span) {
+  if (span == 0) return address;
   return address ^ ((address >> 7 & (span / 16 - 1)) << 4);
 }
 

@@ -1,0 +1,3 @@
+#include "sm90/launch.cuh"
+
+template void flatquant::sm90::launch<float, 2>(const Problem&, cudaStream_t);
