@@ -1,4 +1,4 @@
-"""A reduced suite for compute-sanitizer: every kernel, storage and dtype on ragged shapes.
+"""A reduced suite for compute-sanitizer: every kernel, operator, storage and dtype, ragged shapes.
 
 scripts/sanitize.sh runs it once under each tool. Data come from the host by copies and go back by
 copies, so that no other kernel runs, and every tensor is its own allocation
@@ -21,7 +21,15 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 import torch
 from problems import DTYPES, NO_GPU, Problem, dtype_name, float64, random_problem
 
-from flatquant import accuracy, available_kernels, flatquant_dynamic_quantize, ops
+from flatquant import (
+    accuracy,
+    available_kernels,
+    flatquant_dynamic_quantize,
+    flatquant_dynamic_quantize_many,
+    kronecker_transform,
+    ops,
+    reference,
+)
 from flatquant.packing import unpack_int4
 
 # (M, N, tokens): one for each number of row tiles and each way to store codes, padded on either
@@ -44,6 +52,12 @@ SHAPES = [
     (7, 1, 2),
     (1, 1, 1),
 ]
+# Of these the other operators too, with fewer tokens.
+SHAPES_OF_ALL = [(64, 64), (24, 24), (86, 128), (128, 148), (208, 256), (13, 17), (1, 8)]
+CLIP_RATIOS = [1.0, (0.9, 0.3), (1e-4, 1.0)]
+
+wrong = 0
+launches: dict[str, int] = {}
 
 
 def layouts(x: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -63,6 +77,67 @@ def to_device(x: torch.Tensor, device: str) -> torch.Tensor:
     return x.as_strided((span,), (1,)).contiguous().to(device).as_strided(x.shape, x.stride())
 
 
+def check(name: str, kernel: str, *outputs: bool | accuracy.Comparison) -> None:
+    """Counts a launch, and what is wrong with its outputs."""
+    global wrong
+    launches[kernel] = launches.get(kernel, 0) + 1
+    for output in outputs:
+        ok = output if isinstance(output, bool) else output.max_step <= 1
+        if not ok:
+            wrong += 1
+            print(f"WRONG: {kernel} {name}: {output}")
+
+
+def check_quantize(problem: Problem, kernel: str, device: str) -> None:
+    x, left, right = problem
+    name = f"{len(left)}x{len(right)} {dtype_name(x.dtype)}"
+    exact = float64(problem)
+    results = []
+    for pack_int32 in (False, True) if x.shape[1] % 8 == 0 else (False,):
+        quantized, scales = flatquant_dynamic_quantize(
+            *(to_device(x, device), left.to(device), right.to(device), 0.9, pack_int32),
+            device == "cuda",
+            kernel=kernel,
+        )
+        quantized = quantized.cpu()
+        results.append(unpack_int4(quantized) if pack_int32 else quantized)
+        result = accuracy.compare(results[-1], scales.cpu(), exact, 0.9, x.dtype)
+        check(name, kernel, result, torch.equal(results[0], results[-1]))
+
+
+def check_all(problem: Problem, kernel: str, device: str) -> None:
+    """Several outputs, with ratios here and there; Y; with one factor or, by "plain", without."""
+    use_cuda = device == "cuda"
+    x, left, right = problem
+    ratios = [*CLIP_RATIOS, (torch.tensor(0.7).to(device), 1.0)]
+    both, only_left, only_right = (left, right), (left, None), (None, right)
+    for factors in [(None, None)] if kernel == "plain" else [both, only_left, only_right]:
+        sizes = "x".join("-" if factor is None else str(len(factor)) for factor in factors)
+        name = f"{sizes} {dtype_name(x.dtype)}"
+        exact = reference.transform(x, *factors, torch.float64)
+        arguments = (
+            x.to(device),
+            *(None if factor is None else factor.to(device) for factor in factors),
+        )
+        outputs = flatquant_dynamic_quantize_many(
+            *arguments, ratios, x.shape[1] % 8 == 0, use_cuda, kernel=kernel
+        )
+        check(
+            name,
+            kernel,
+            *(
+                accuracy.compare(codes.cpu(), scales.cpu(), exact, ratio, x.dtype)
+                for (codes, scales), ratio in zip(outputs, [*CLIP_RATIOS, (0.7, 1.0)], strict=True)
+            ),
+        )
+        if kernel == "plain":
+            continue
+        for dtype in (torch.float32, torch.float16):
+            y = kronecker_transform(*arguments, dtype, use_cuda, kernel=kernel).cpu()
+            error = (y - exact).abs() / exact.abs().amax(1, keepdim=True).clamp(min=1e-30)
+            check(name, kernel, bool((error.nan_to_num() < 0.05).all()))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", help="cpu tries the suite on the reference")
@@ -74,40 +149,19 @@ def main() -> int:
         print("set PYTORCH_NO_CUDA_MEMORY_CACHING=1")
         return 2
     torch.manual_seed(0)
-    launches: dict[str, int] = {}
-    wrong = 0
     for M, N, tokens in SHAPES:
         tokens = min(tokens, 9) if device == "cpu" else tokens
         for dtype in DTYPES:
             problem = random_problem(M, N, tokens, dtype)
-            left, right = (factor.to(device) for factor in problem[1:])
             names = available_kernels(M, N, dtype, device)
-            for x in layouts(problem.input):
-                exact = float64(Problem(x, *problem[1:]))
-                for kernel in names if device == "cpu" else names[:-1]:
-                    if x.stride(0) * dtype.itemsize % ops._ALIGNMENT.get(kernel, 1) != 0:
-                        continue
-                    codes_by_storage = []
-                    for pack_int32 in (False, True) if M * N % 8 == 0 else (False,):
-                        quantized, scales = (
-                            result.cpu()
-                            for result in flatquant_dynamic_quantize(
-                                to_device(x, device),
-                                left,
-                                right,
-                                0.9,
-                                pack_int32,
-                                device == "cuda",
-                                kernel=kernel,
-                            )
-                        )
-                        codes = unpack_int4(quantized) if pack_int32 else quantized
-                        codes_by_storage.append(codes)
-                        result = accuracy.compare(codes, scales, exact, 0.9, dtype)
-                        if result.max_step > 1 or not torch.equal(codes, codes_by_storage[0]):
-                            wrong += 1
-                            print(f"WRONG: {kernel} {M}x{N} {dtype_name(dtype)}: {result}")
-                        launches[kernel] = launches.get(kernel, 0) + 1
+            for kernel in names if device == "cpu" else names[:-1]:
+                for x in layouts(problem.input):
+                    if x.stride(0) * dtype.itemsize % ops._ALIGNMENT.get(kernel, 1) == 0:
+                        check_quantize(problem._replace(input=x), kernel, device)
+            if (M, N) in SHAPES_OF_ALL:
+                few = problem._replace(input=problem.input[:40])
+                for kernel in names if device == "cpu" else [*names[:-1], "plain"]:
+                    check_all(few, kernel, device)
     counts = ", ".join(f"{count} of {kernel}" for kernel, count in launches.items())
     print(f"launches: {counts}; wrong results: {wrong}")
     return 1 if wrong else 0
