@@ -51,7 +51,7 @@ from flatquant import (
     reference,
     save_flat_matrices,
 )
-from flatquant.sample import sqnr
+from flatquant.sample import inverse_transform, sqnr
 
 V, OUT, V_TRANSFORM = "self_attn.v_proj", "self_attn.o_proj", "self_attn.vcache_trans"
 # The linear layers of a block, by the input that they share.
@@ -171,11 +171,7 @@ def input_sqnr(x: Tensor, name: str, modules: Modules) -> float:
     else:
         quantized, scales = activation(x.half())
     decoded = dequantize_int4(quantized, scales, dtype=torch.float64)
-    left, right = (
-        None if matrix is None else torch.linalg.inv(matrix.double())
-        for matrix in (activation.matrix_left, right)
-    )
-    return sqnr(x, reference.transform(decoded, left, right, torch.float64))
+    return sqnr(x, inverse_transform(decoded, activation.matrix_left, right))
 
 
 class QuantizedLinear(nn.Module):

@@ -199,10 +199,9 @@ __device__ void exact_transform(float (&y)[count], const Problem& problem, int64
       for (int half = 0; half < 2; ++half) {
         const int row = thread.first_row + 8 * half;
         // Zeros of the identity take part in no sum, as 0 * Inf is NaN.
-        const int repeats = left == nullptr ? problem.rows : problem.left_repeats;
-        if (row >= problem.rows || row % repeats != m % repeats) continue;
-        const int entry = m / repeats * problem.left_size() + row / repeats;
-        const float factor = left == nullptr ? 1.0f : static_cast<float>(left[entry]);
+        const int index = problem.left_index(m, row);
+        if (row >= problem.rows || index < 0) continue;
+        const float factor = left == nullptr ? 1.0f : static_cast<float>(left[index]);
         w[half] = fmaf(factor, value, w[half]);
       }
     }
@@ -213,10 +212,9 @@ __device__ void exact_transform(float (&y)[count], const Problem& problem, int64
       const int half = i / 2 % 2;
       const int col = ColumnOrder<2 * count>::column(i / 4, thread.quad_lane) + i % 2;
       if (thread.first_row + 8 * half >= problem.rows || col >= problem.cols) continue;
-      const int size = right == nullptr ? 1 : problem.right_size();
-      if (col / size != k / size) continue;
-      const float factor =
-          right == nullptr ? 1.0f : static_cast<float>(right[k % size * size + col % size]);
+      const int index = problem.right_index(k, col);
+      if (index < 0) continue;
+      const float factor = right == nullptr ? 1.0f : static_cast<float>(right[index]);
       y[i] = fmaf(w[half], factor, y[i]);
     }
   }
@@ -501,5 +499,28 @@ class OutputScales {
  private:
   TokenScale mine_;
 };
+
+// All that is stored of a warp's part of a token: calls store_codes(codes, scale) for each output,
+// or store_transformed(). `ratios` are those of lane_output(); the first of a token's warps stores
+// the scales.
+template <Outputs outputs, bool has_lanes, class StoreCodes, class StoreTransformed>
+__device__ __forceinline__ void store_token(const Problem& problem, int64_t token,
+                                            const Reduced<outputs>& reduced, const Ratios& ratios,
+                                            bool is_first_warp, StoreCodes store_codes,
+                                            StoreTransformed store_transformed) {
+  if constexpr (outputs == Outputs::simple) {
+    const Output& output = problem.outputs[0];
+    const float ratio = output.max_ratio;
+    const TokenScale scale(ratio * reduced.max, ratio, ratio, has_lanes);
+    if (is_first_warp && threadIdx.x % 32 == 0) output.scales[token] = scale.scale;
+    store_codes(output.codes, scale);
+  } else if (problem.output_count == 0) {
+    store_transformed();
+  } else {
+    const OutputScales<has_lanes> scales(ratios, reduced);
+    if (is_first_warp) scales.store(problem, token);
+    scales.for_each(problem, store_codes);
+  }
+}
 
 }  // namespace flatquant

@@ -49,6 +49,19 @@ struct Problem {
   constexpr int left_size() const { return rows / left_repeats; }
   constexpr int right_size() const { return cols / right_repeats; }
 
+  // Which element of the array is (row, col) of the matrix that a factor stands for, -1 for a zero
+  // of the identity's; 0 on the diagonal where the factor is missing.
+  constexpr int left_index(int row, int col) const {
+    const int repeats = left == nullptr ? rows : left_repeats;
+    if (row % repeats != col % repeats) return -1;
+    return row / repeats * left_size() + col / repeats;
+  }
+  constexpr int right_index(int row, int col) const {
+    const int size = right == nullptr ? 1 : right_size();
+    if (row / size != col / size) return -1;
+    return row % size * size + col % size;
+  }
+
   // Whether a kernel needs no more than both products, max|Y| and one ratio on the host.
   constexpr bool is_simple() const {
     return right != nullptr && output_count == 1 && outputs[0].max_ratio == outputs[0].min_ratio &&

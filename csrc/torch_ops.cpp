@@ -217,8 +217,9 @@ void run(const std::string& kernel, const Problem& problem, int32_t device) {
 
 // The problem without what is stored. A factor that is not there leaves its size to the other; with
 // neither, a token is one row.
-Problem make_problem(const Tensor& input, const Tensor* left_trans, const Tensor* right_trans,
-                     bool pack_int32, const std::string& float32_precision) {
+Problem make_problem(const Tensor& input, const std::optional<Tensor>& left_trans,
+                     const std::optional<Tensor>& right_trans, bool pack_int32,
+                     const std::string& float32_precision) {
   STD_TORCH_CHECK(input.is_cuda() && input.dim() >= 1,
                   "flatquant: input must be a CUDA tensor of at least one dimension, got one of ",
                   input.dim(), " on ", device_name(input));
@@ -228,7 +229,7 @@ Problem make_problem(const Tensor& input, const Tensor* left_trans, const Tensor
                   "flatquant: input must have 1 to 2^31 - 1 features, got ", features);
   int64_t rows = left_trans ? check_factor(*left_trans, input, "left_trans") : 1;
   int64_t cols = right_trans ? check_factor(*right_trans, input, "right_trans") : features / rows;
-  if (left_trans == nullptr) rows = features / cols;
+  if (!left_trans) rows = features / cols;
   STD_TORCH_CHECK(features == rows * cols, "flatquant: input has ", features,
                   " features, the factors ", rows, " * ", cols);
   STD_TORCH_CHECK(!pack_int32 || features % 8 == 0,
@@ -286,7 +287,7 @@ const float* device_ratio(const Tensor& ratio, const Tensor& input) {
 std::tuple<Tensor, Tensor> dynamic_quantize(Tensor input, Tensor left_trans, Tensor right_trans,
                                             double clip_ratio, bool pack_int32, std::string kernel,
                                             std::string float32_precision) {
-  Problem problem = make_problem(input, &left_trans, &right_trans, pack_int32, float32_precision);
+  Problem problem = make_problem(input, left_trans, right_trans, pack_int32, float32_precision);
   const float ratio = to_ratio(clip_ratio);
   const int32_t device = input.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -301,9 +302,7 @@ std::vector<Tensor> dynamic_quantize_many(Tensor input, std::optional<Tensor> le
                                           std::vector<double> clip_ratios,
                                           std::vector<Tensor> device_clip_ratios, bool pack_int32,
                                           std::string kernel, std::string float32_precision) {
-  Problem problem =
-      make_problem(input, left_trans ? &*left_trans : nullptr,
-                   right_trans ? &*right_trans : nullptr, pack_int32, float32_precision);
+  Problem problem = make_problem(input, left_trans, right_trans, pack_int32, float32_precision);
   const size_t ratios = clip_ratios.size();
   STD_TORCH_CHECK(ratios % 2 == 0 && ratios >= 2 && ratios <= 2 * max_outputs,
                   "flatquant: clip_ratios must hold 1 to ", max_outputs, " pairs, got ", ratios,
@@ -338,8 +337,7 @@ std::vector<Tensor> dynamic_quantize_many(Tensor input, std::optional<Tensor> le
 Tensor kronecker_transform(Tensor input, std::optional<Tensor> left_trans,
                            std::optional<Tensor> right_trans, ScalarType out_dtype,
                            std::string kernel, std::string float32_precision) {
-  Problem problem = make_problem(input, left_trans ? &*left_trans : nullptr,
-                                 right_trans ? &*right_trans : nullptr, false, float32_precision);
+  Problem problem = make_problem(input, left_trans, right_trans, false, float32_precision);
   STD_TORCH_CHECK(left_trans || right_trans,
                   "flatquant: left_trans and right_trans must not both be None, got None, None");
   problem.transformed_dtype = to_dtype(out_dtype, "out_dtype");

@@ -86,6 +86,19 @@ def check_flag(name: str, value: bool) -> None:
         raise TypeError(f"{name} must be a bool, got {value!r} of type {type(value).__name__}")
 
 
+def check_int(name: str, value: int) -> None:
+    """``value`` must be an int, and no bool."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    """``tensor`` must be a dense tensor of a floating-point dtype."""
+    check_tensor(name, tensor)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating-point, got {tensor.dtype}")
+
+
 def _check_factor(name: str, factor: Tensor, dtype: torch.dtype, device: torch.device) -> int:
     check_tensor(name, factor)
     if factor.dtype is not dtype:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_flag, check_tensor
+from ._checks import check_flag, check_float, check_int
 from .decompose import get_decompose_dim
 from .models import FlatQuantActivation, clip_ratio_from_logits
 from .reference import _without_autocast
@@ -228,9 +228,7 @@ def _check(
     seed: int,
 ) -> tuple[int, int]:
     """Checks the arguments of :func:`calibrate`; the factor sizes ``(M, N)`` if they are right."""
-    check_tensor("x_samples", x_samples)
-    if not x_samples.is_floating_point():
-        raise TypeError(f"x_samples must be floating-point, got {x_samples.dtype}")
+    check_float("x_samples", x_samples)
     if x_samples.dim() == 0 or x_samples.numel() == 0:
         raise ValueError(
             f"x_samples must be [..., features] with a token, got {tuple(x_samples.shape)}"
@@ -239,9 +237,7 @@ def _check(
         raise ValueError("x_samples must be finite, got NaN or Inf")
     features = x_samples.shape[-1]
     if weight is not None:
-        check_tensor("weight", weight)
-        if not weight.is_floating_point():
-            raise TypeError(f"weight must be floating-point, got {weight.dtype}")
+        check_float("weight", weight)
         if weight.dim() != 2 or weight.shape[1] != features or len(weight) == 0:
             raise ValueError(f"weight must be [out, {features}], got {tuple(weight.shape)}")
         if weight.device != x_samples.device:
@@ -251,22 +247,17 @@ def _check(
             )
         if not bool(weight.isfinite().all()):
             raise ValueError("weight must be finite, got NaN or Inf")
-    _check_int("steps", steps)
+    check_int("steps", steps)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    _check_int("seed", seed)
+    check_int("seed", seed)
     if isinstance(lr, bool) or not isinstance(lr, numbers.Real):
         raise TypeError(f"lr must be a real number, got {lr!r} of type {type(lr).__name__}")
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"lr must be finite and > 0, got {lr!r}")
     if left_size is None:
         return get_decompose_dim(features)
-    _check_int("left_size", left_size)
+    check_int("left_size", left_size)
     if left_size < 1 or features % left_size:
         raise ValueError(f"left_size must divide the {features} features, got {left_size}")
     return left_size, features // left_size
-
-
-def _check_int(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")

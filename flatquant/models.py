@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from ._checks import check_flag, check_tensor
+from ._checks import check_flag, check_float
 from .ops import flatquant_dynamic_quantize
 
 
@@ -119,7 +119,7 @@ class FlatQuantActivation(nn.Module):
             if matrix is not None:
                 _square(name, matrix)
         if diag_scale is not None:
-            _check_float("diag_scale", diag_scale)
+            check_float("diag_scale", diag_scale)
             sizes = [len(matrix) for matrix in (left, right) if matrix is not None]
             if diag_scale.dim() != 1 or not _fit(len(diag_scale), sizes):
                 raise ValueError(
@@ -200,7 +200,7 @@ class FlatQuantActivation(nn.Module):
             ValueError: a weight of a wrong shape.
             torch.linalg.LinAlgError: a matrix that has no inverse.
         """
-        _check_float("weight", weight)
+        check_float("weight", weight)
         sizes = [len(m) for m in (self.matrix_left, self.matrix_right) if m is not None]
         if weight.dim() != 2 or not _fit(weight.shape[1], sizes):
             raise ValueError(
@@ -397,7 +397,7 @@ def _all_or_none(tensors: Mapping[str, Tensor], keys: list[str]) -> bool:
 
 
 def _square(name: str, matrix: Tensor) -> Tensor:
-    _check_float(name, matrix)
+    check_float(name, matrix)
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) == 0:
         raise ValueError(f"{name} must be a square matrix, got shape {tuple(matrix.shape)}")
     return matrix
@@ -430,17 +430,11 @@ def _check_logits(clip_logits: object) -> None:
     if len(clip_logits) != 2:
         raise ValueError(message)
     for name, logit in zip(_CLIP_NAMES, clip_logits, strict=True):
-        _check_float(f"clip_logits ({name})", logit)
+        check_float(f"clip_logits ({name})", logit)
         if logit.numel() != 1:
             raise ValueError(
                 f"clip_logits ({name}) must have one element, got {tuple(logit.shape)}"
             )
-
-
-def _check_float(name: str, tensor: Tensor) -> None:
-    check_tensor(name, tensor)
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating-point, got {tensor.dtype}")
 
 
 def _describe(value: object) -> str:

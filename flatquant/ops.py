@@ -11,6 +11,7 @@ from ._checks import (
     ClipPair,
     check_clip_ratio,
     check_flag,
+    check_int,
     check_out_dtype,
     check_problem,
     check_tensor,
@@ -91,7 +92,8 @@ def flatquant_dynamic_quantize(
     """
     M, N = check_problem(input_tensor, left_trans, right_trans, pack_int32)
     pair = check_clip_ratio("clip_ratio", clip_ratio, input_tensor.device)
-    _refuse_gradients(input_tensor, left_trans, right_trans, {"clip_ratio": clip_ratio})
+    named = None if type(clip_ratio) is float else {"clip_ratio": clip_ratio}
+    _refuse_gradients(input_tensor, left_trans, right_trans, named)
     if _runs_reference(use_cuda, kernel, input_tensor, left_trans, right_trans, M, N):
         return reference.dynamic_quantize(input_tensor, left_trans, right_trans, pair, pack_int32)
     if left_trans is None or right_trans is None or isinstance(clip_ratio, (tuple, Tensor)):
@@ -316,8 +318,7 @@ def available_kernels(
         ValueError: M or N < 1 but not both 0, or a device that does not exist.
     """
     for name, size in (("M", M), ("N", N)):
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name} must be an int, got {size!r} of type {type(size).__name__}")
+        check_int(name, size)
         if size < 1 and not (M == 0 and N == 0):
             raise ValueError(f"{name} must be at least 1, got {size}")
     if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
@@ -372,8 +373,13 @@ def _refuse_gradients(
     right_trans: Tensor | None,
     clip_ratios: Mapping[str, ClipRatio] | None = None,
 ) -> None:
-    if not torch.is_grad_enabled():
-        return
+    if not torch.is_grad_enabled() or not (
+        clip_ratios
+        or input_tensor.requires_grad
+        or (left_trans is not None and left_trans.requires_grad)
+        or (right_trans is not None and right_trans.requires_grad)
+    ):
+        return  # the usual call, cheaply
     arguments: dict[str, object] = {
         "input_tensor": input_tensor,
         "left_trans": left_trans,
@@ -396,11 +402,14 @@ def _refuse_gradients(
         )
 
 
-# A constant to torch.compile, which guards every graph by this setting: a test changes it.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _allows_tf32() -> bool:
     # What torch.set_float32_matmul_precision and its successors all set.
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+# What torch.compiler.assume_constant_result does, but for importing torch._dynamo, which takes most
+# of a second. torch.compile guards every graph by this setting; a test changes it.
+_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _float32_precision(input_tensor: Tensor) -> str:

@@ -170,12 +170,13 @@ def evaluate(item: LinearInput, kernels: Iterable[str]) -> list[Result]:
     return results
 
 
-def inverse_transform(y: Tensor, left_trans: Tensor, right_trans: Tensor) -> Tensor:
+def inverse_transform(y: Tensor, left_trans: Tensor | None, right_trans: Tensor | None) -> Tensor:
     """`left_trans^-T @ Y @ right_trans^-1` for each token of y [tokens, M * N], in float64."""
-    left, right = left_trans.double(), right_trans.double()
-    tokens = y.double().reshape(-1, len(left), len(right))
-    x: Tensor = torch.linalg.inv(left).T @ tokens @ torch.linalg.inv(right)
-    return x.reshape(y.shape)
+    left, right = (
+        None if factor is None else torch.linalg.inv(factor.double())
+        for factor in (left_trans, right_trans)
+    )
+    return reference.transform(y, left, right, torch.float64)
 
 
 def plain_sqnr(x: Tensor) -> float:

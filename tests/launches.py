@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,6 +83,12 @@ def poison_outputs(tokens: int, features: int, pack_int32: bool) -> None:
     blocks = [torch.empty(size, dtype=torch.uint8, device=DEVICE) for size in sizes]
     for block in blocks:
         block.fill_(0x5A)
+
+
+def tolerance_of(dtype: torch.dtype, M: int, N: int) -> accuracy.Tolerance:
+    """The bound is for sums of up to 256 products; the error of longer ones walks on at random."""
+    bound = accuracy.TOLERANCES[dtype]
+    return replace(bound, transform=bound.transform * math.sqrt(max(M, N, 256) / 256))
 
 
 def by_the_boundary_rule(result: accuracy.Comparison, clip_ratio: float) -> bool:

@@ -120,6 +120,7 @@ class Case:
     on_device: bool = False  # the clip ratios
     out_dtype: torch.dtype = FLOAT32  # of Y
     precision: str = "highest"  # of float32: "highest" or "high"
+    aligned: bool = True  # the input, to 16 bytes
 
     def __str__(self) -> str:
         name = f"{self.rows}x{self.cols}-{self.tokens}-{dtype_name(self.dtype)}"
@@ -166,11 +167,11 @@ def run(
     pairs = [ratio if isinstance(ratio, tuple) else (ratio, ratio) for ratio in case.clip_ratios]
     pairs += [(0.0, 0.0)] * (MAX_OUTPUTS - len(pairs))
     header = struct.pack(
-        f"<15q{2 * MAX_OUTPUTS}f",
+        f"<16q{2 * MAX_OUTPUTS}f",
         *(case.rows, case.cols, case.tokens, stride, DTYPES.index(case.dtype), int(case.packed)),
         *(case.blocks, seed, poison, int(case.has_left), int(case.has_right)),
         *(len(case.clip_ratios), int(case.on_device), DTYPES.index(case.out_dtype)),
-        PRECISIONS.index(case.precision),
+        *(PRECISIONS.index(case.precision), 16 if case.aligned else x.element_size()),
         *(ratio for pair in pairs for ratio in pair),
     )
     source, target = folder / "case", folder / "result"

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import struct
-import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from problems import DTYPES, dtype_name
-from test_emulator import Toolchain, raw
+from problems import DTYPES, Problem, dtype_name
+from test_emulator import Case, Output, Ratio, Toolchain, codes_of
+from test_emulator import launch as launch_case
 from torch import Tensor
 
 from flatquant import reference
-from flatquant.packing import unpack_int4
 
 FLOAT16, BFLOAT16, FLOAT32 = DTYPES
 FEW, MANY = 1, 100_000  # tokens, for which threads hold one octet each, or as many as they can
-
-Ratios = tuple[float, float]
-Outputs = list[tuple[Tensor, Tensor]]
 
 
 @pytest.fixture(scope="module")
@@ -28,55 +23,31 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Toolchain().compile_driver("run_plain", tmp_path_factory.mktemp("plain"))
 
 
-@dataclass(frozen=True)
-class Case:
-    """One launch. `gap` are the elements between two tokens."""
-
-    dtype: torch.dtype
-    packed: bool = True
-    ratios: tuple[Ratios, ...] = ((1.0, 1.0),)
-    on_device: bool = False
-    planned_tokens: int = MANY
-    gap: int = 0
-    aligned: bool = True
-
-
-def launch(program: Path, folder: Path, case: Case, x: Tensor) -> Outputs:
-    """Codes as int8 and scales for each of the ratios; the threads run in a random order."""
-    tokens, features = x.shape
-    stride = features + case.gap
-    padded = torch.full((tokens, stride), float("nan"), dtype=case.dtype)
-    padded[:, :features] = x
-    seed = int(torch.randint(2**31, ()))
-    poison = 1 + seed % 255  # what the results' memory holds before
-    ratios = [ratio for pair in case.ratios for ratio in pair]
-    header = struct.pack(
-        "<11q16f",
-        *(features, tokens, stride, DTYPES.index(case.dtype), int(case.packed)),
-        *(case.planned_tokens, 16 if case.aligned else x.element_size(), seed, poison),
-        *(len(case.ratios), int(case.on_device), *ratios, *[0.0] * (16 - len(ratios))),
+def plain_case(x: Tensor, packed: bool = True, clip_ratios: tuple[Ratio, ...] = (1.0,)) -> Case:
+    """Without factors; the blocks are the tokens that the launch is planned for."""
+    return Case(
+        *(1, x.shape[1], len(x), x.dtype, packed, clip_ratios),
+        blocks=MANY,
+        has_left=False,
+        has_right=False,
     )
-    source, target = folder / "case", folder / "result"
-    source.write_bytes(header + raw(padded.flatten()[: tokens * stride - case.gap]))
-    run = subprocess.run([program, source, target], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, f"{case}, order {seed}: {run.stderr or run.returncode}"
-
-    result = torch.frombuffer(bytearray(target.read_bytes()), dtype=torch.uint8)
-    outputs = []
-    for output in result.chunk(len(case.ratios)):
-        codes = output[: -4 * tokens].clone().view(torch.int32 if case.packed else torch.int8)
-        scales = output[-4 * tokens :].clone().view(torch.float32)
-        codes = codes.view(tokens, -1)
-        outputs.append((unpack_int4(codes) if case.packed else codes, scales))
-    return outputs
 
 
-def check(case: Case, outputs: Outputs, x: Tensor) -> None:
+def launch(program: Path, folder: Path, case: Case, x: Tensor) -> list[Output]:
+    """Codes as int8 and scales for each of the ratios; the threads run in a random order."""
+    problem = Problem(x, x[:0], x[:0])
+    case = replace(case, tokens=len(x))
+    outputs = launch_case(program, folder, case, problem)
+    return [(codes_of(output), output[1]) for output in outputs]
+
+
+def check(case: Case, outputs: list[Output], x: Tensor) -> None:
     """Scales to the bit; codes too, but where Y / scale is a tie up to its own rounding."""
-    for pair, (codes, scales) in zip(case.ratios, outputs, strict=True):
+    for ratio, (codes, scales) in zip(case.clip_ratios, outputs, strict=True):
         # The kernel has the ratios as float32.
-        pair = tuple(float(torch.tensor(ratio)) for ratio in pair)
-        exact_codes, exact_scales = reference.quantize(x.double(), pair)
+        pair = ratio if isinstance(ratio, tuple) else (ratio, ratio)
+        high, low = (float(torch.tensor(side)) for side in pair)
+        exact_codes, exact_scales = reference.quantize(x.double(), (high, low))
         assert torch.equal(scales.nan_to_num(nan=-1.0), exact_scales.nan_to_num(nan=-1.0)), case
         steps = (codes - exact_codes).double()
         ratios = (x.double() / exact_scales.double()[:, None]).nan_to_num(posinf=0.0, neginf=0.0)
@@ -107,11 +78,11 @@ def test_plain(plain: Path, tmp_path: Path, features: int, dtype: torch.dtype) -
     """One result whatever the batch, the threads, the storage and how tokens lie in memory."""
     x = tokens_of(features, dtype, 2 if features > 8192 else 7)
     ratios = ((1.0, 1.0), (0.9, 0.6), (1.25, 1.0))
-    case = Case(dtype, packed=features % 8 == 0, ratios=ratios)
+    case = plain_case(x, features % 8 == 0, ratios)
     outputs = launch(plain, tmp_path, case, x)
     check(case, outputs, x)
     others = [
-        (replace(case, planned_tokens=FEW, on_device=True), slice(None)),
+        (replace(case, blocks=FEW, on_device=True), slice(None)),
         (replace(case, packed=False, gap=8), slice(1, None)),
         (replace(case, aligned=False, gap=3), slice(1)),
     ]
@@ -133,7 +104,7 @@ def test_plain_special_tokens(
     inf, nan = float("inf"), float("nan")
     for token, values in enumerate([(inf,), (-inf,), (nan,), (inf, nan), (-inf, nan)], 1):
         x[token, torch.randperm(features)[: len(values)]] = torch.tensor(values, dtype=dtype)
-    case = Case(dtype, packed, ((1.0, 1.0), (0.5, 0.25)))
+    case = plain_case(x, packed, ((1.0, 1.0), (0.5, 0.25)))
     outputs = launch(plain, tmp_path, case, x)
     check(case, outputs, x)
     for codes, scales in outputs:
@@ -148,12 +119,12 @@ def test_plain_scales_without_a_normal_inverse(
     plain: Path, tmp_path: Path, exponent: int, packed: bool
 ) -> None:
     x = (torch.randn(5, 72) * 2.0**exponent).to(BFLOAT16)
-    case = Case(BFLOAT16, packed, ((1.0, 1.0), (0.01, 0.5)))
+    case = plain_case(x, packed, ((1.0, 1.0), (0.01, 0.5)))
     check(case, launch(plain, tmp_path, case, x), x)
 
 
 def test_plain_ties_go_to_even(plain: Path, tmp_path: Path) -> None:
     x = torch.tensor([[-8.5, -7.5, -0.5, 0.5, 1.5, 2.5, 6.5, 7.0]], dtype=FLOAT16)
-    ((codes, scales),) = launch(plain, tmp_path, Case(FLOAT16, ratios=((1.0, 0.125),)), x)
+    ((codes, scales),) = launch(plain, tmp_path, plain_case(x, clip_ratios=((1.0, 0.125),)), x)
     assert scales.tolist() == [1.0]
     assert codes.tolist() == [[-8, -8, 0, 0, 2, 2, 6, 7]]

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
-from launches import KINDS, by_dtype, by_kind, codes_of, equal, kernels, quantize, variants
+from launches import (
+    KINDS,
+    by_dtype,
+    by_kind,
+    codes_of,
+    equal,
+    kernels,
+    quantize,
+    tolerance_of,
+    variants,
+)
 from problems import (
     NO_GPU,
     Problem,
@@ -36,24 +45,18 @@ pytestmark = pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)
 
 @by_dtype
 @pytest.mark.parametrize("M, N", [*SIZES, *ODD])
-def test_codes_and_scales_agree_with_float64(
-    M: int, N: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_codes_and_scales_agree_with_float64(M: int, N: int, dtype: torch.dtype) -> None:
     # 2^20 elements give the smallest mismatch limit, 2e-5, a count of 20 to be judged by.
     tokens = max(257, 2**20 // (M * N) + 1)
     problem = random_problem(M, N, tokens, dtype, "cuda")
     exact = float64(problem)
     clip_ratio = 0.95
     eager = eager_mismatches(problem, clip_ratio, exact)
-    # The bound is for sums of up to 256 products; the error of longer ones walks on at random.
-    bound = accuracy.TOLERANCES[dtype]
-    longer = math.sqrt(max(M, N, 256) / 256)
-    longer_bound = replace(bound, transform=bound.transform * longer)
-    monkeypatch.setitem(accuracy.TOLERANCES, dtype, longer_bound)
+    tolerance = tolerance_of(dtype, M, N)
     failures = []
     for kernel, pack_int32 in variants(M, N, dtype):
         output = quantize(problem, kernel, pack_int32, clip_ratio)
-        result = accuracy.compare(*output, exact, clip_ratio, dtype)
+        result = accuracy.compare(*output, exact, clip_ratio, dtype, tolerance=tolerance)
         name = f"{kernel}, {'int32' if pack_int32 else 'int8'}"
         if not result.ok:
             failures.append(f"{name}: {result}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -106,6 +108,17 @@ def test_the_operators_know_two_precisions_of_float32() -> None:
     ):
         with pytest.raises(ValueError, match="must be 'highest' or 'high', got 'medium'"):
             call()
+
+
+def test_importing_flatquant_does_not_import_the_compiler() -> None:
+    """It takes most of a second."""
+    program = (
+        "import sys, torch\n"
+        "before = 'torch._dynamo' in sys.modules\n"
+        "import flatquant\n"
+        "assert before or 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.fixture

@@ -318,24 +318,17 @@ __device__ __forceinline__ void store(const Accumulators<Config>& y,
                                       const Reduced<outputs>& reduced, const Ratios& ratios,
                                       const Problem& problem, int64_t token, int row,
                                       unsigned char* scratch) {
-  if constexpr (outputs == Outputs::simple) {
-    const Output& output = problem.outputs[0];
-    const float ratio = output.max_ratio;
-    const TokenScale scale(ratio * reduced.max, ratio, ratio, false);
-    if (row == 0 && threadIdx.x % 32 == 0) output.scales[token] = scale.scale;
-    store_codes<Config>(y, scale, problem, output.codes, token, row, scratch);
-  } else if (problem.output_count == 0) {
+  store_token<outputs, false>(
+      problem, token, reduced, ratios, row == 0,
+      [&](void* codes, const TokenScale& scale) {
+        store_codes<Config>(y, scale, problem, codes, token, row, scratch);
+      },
+      [&] {
 #pragma unroll
-    for (int tile = 0; tile < Config::row_tiles; ++tile) {
-      store_transformed<Config::cols>(y[tile], problem, token, thread_rows(row + 16 * tile));
-    }
-  } else {
-    const OutputScales<false> scales(ratios, reduced);
-    if (row == 0) scales.store(problem, token);
-    scales.for_each(problem, [&](void* codes, const TokenScale& scale) {
-      store_codes<Config>(y, scale, problem, codes, token, row, scratch);
-    });
-  }
+        for (int tile = 0; tile < Config::row_tiles; ++tile) {
+          store_transformed<Config::cols>(y[tile], problem, token, thread_rows(row + 16 * tile));
+        }
+      });
 }
 
 // --- kernels ---

@@ -143,21 +143,19 @@ __device__ __forceinline__ int left_offset(int k, int m) {
   return Panel::offset(64, Config::depth, k, m);
 }
 
-// An element of kron(left, I), or of the identity, padded with zeros.
+// An element of the matrix that a factor stands for, padded with zeros.
 template <class Element>
 __device__ __forceinline__ Element left_element(const Problem& problem, int k, int m) {
   const auto* left = static_cast<const Element*>(problem.left);
-  const int repeats = left == nullptr ? problem.rows : problem.left_repeats;
-  if (k >= problem.rows || m >= problem.rows || k % repeats != m % repeats) return Element(0.0f);
-  return left == nullptr ? Element(1.0f) : left[k / repeats * problem.left_size() + m / repeats];
+  const int index = problem.left_index(k, m);
+  if (k >= problem.rows || m >= problem.rows || index < 0) return Element(0.0f);
+  return left == nullptr ? Element(1.0f) : left[index];
 }
-// The same of kron(I, right).
 template <class Element>
 __device__ __forceinline__ Element right_element(const Problem& problem, int k, int col) {
-  const auto* right = static_cast<const Element*>(problem.right);
-  const int size = problem.right_size();
-  if (k >= problem.cols || k / size != col / size) return Element(0.0f);
-  return right[k % size * size + col % size];
+  const int index = problem.right_index(k, col);
+  if (k >= problem.cols || index < 0) return Element(0.0f);
+  return static_cast<const Element*>(problem.right)[index];
 }
 
 // Starts copying both factors to shared memory, padded with zeros. Asynchronous, and before all but
@@ -453,21 +451,12 @@ __device__ void epilogue(float (&y)[Config::cols / 2], const Problem& problem,
     reduced = reduce_token(set ^ 1);
     named_barrier_sync(group, Config::group_threads);  // all have read this set
   }
-  if constexpr (outputs == Outputs::simple) {
-    const Output& output = problem.outputs[0];
-    const float ratio = output.max_ratio;
-    const TokenScale scale(ratio * reduced.max, ratio, ratio, true);
-    if (threadIdx.x % Config::group_threads == 0) output.scales[token] = scale.scale;
-    store_codes<Config>(y, scale, problem, output.codes, token, thread);
-  } else if (problem.output_count == 0) {
-    store_transformed<Config::cols>(y, problem, token, thread);
-  } else {
-    const OutputScales<true> scales(ratios, reduced);
-    if (threadIdx.x % Config::group_threads < 32) scales.store(problem, token);
-    scales.for_each(problem, [&](void* codes, const TokenScale& scale) {
-      store_codes<Config>(y, scale, problem, codes, token, thread);
-    });
-  }
+  store_token<outputs, true>(
+      problem, token, reduced, ratios, threadIdx.x % Config::group_threads < 32,
+      [&](void* codes, const TokenScale& scale) {
+        store_codes<Config>(y, scale, problem, codes, token, thread);
+      },
+      [&] { store_transformed<Config::cols>(y, problem, token, thread); });
 }
 
 template <class Config, Outputs outputs>

@@ -41,7 +41,7 @@ class Buffer {
 struct CaseHeader {
   int64_t rows, cols, tokens, input_stride, dtype, storage, blocks, seed, fill;
   int64_t has_left, has_right;
-  int64_t output_count, ratios_on_device, transformed_dtype, precision;
+  int64_t output_count, ratios_on_device, transformed_dtype, precision, input_alignment;
   float ratios[flatquant::max_outputs][2];
 };
 
@@ -84,7 +84,8 @@ int run_case(int argument_count, char** arguments, Launch launch) {
     read(buffer.data(), buffer.bytes());
     return buffer.data();
   };
-  problem.input = read_array((header.tokens - 1) * header.input_stride + features, 16);
+  problem.input =
+      read_array((header.tokens - 1) * header.input_stride + features, header.input_alignment);
   if (header.has_left) problem.left = read_array(header.rows * header.rows, element);
   if (header.has_right) problem.right = read_array(header.cols * header.cols, element);
   std::fclose(file);
