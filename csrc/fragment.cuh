@@ -1,6 +1,7 @@
 // A warp's 16 rows of Y as the accumulators of mma instructions hold them, and their way to memory.
 // Accumulator 4 * block + 2 * half + e of a lane is row lane / 4 + 8 * half, position
-// 8 * block + 2 * (lane % 4) + e; ColumnOrder says which column of Y is at which position.
+// 8 * block + 2 * (lane % 4) + e; ColumnOrder says which column of Y is at which position. Without
+// a right factor W is Y, a position is its column, and the lanes of a quad exchange codes instead.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,12 +15,24 @@
 
 namespace flatquant {
 
-// What a kernel does with W and Y. `simple` is problem.is_simple(), which needs no more than both
-// products and max|Y| and whose few instructions matter where the epilogue binds; `any` serves all
-// that Problem can ask for.
-enum class Outputs { simple, any };
+// What a kernel does with W and Y. `simple` is problem.is_simple(), which needs no more than max|Y|
+// and whose few instructions matter where the epilogue binds; `any` serves all that Problem can ask
+// for; `left_only` too, without a right factor.
+enum class Outputs { simple, any, left_only };
 template <Outputs outputs>
 using Reduced = std::conditional_t<outputs == Outputs::simple, Magnitude, Extremes>;
+
+// Calls use(outputs), an integral_constant, with what the problem needs.
+template <class Use>
+void with_outputs(const Problem& problem, Use use) {
+  if (problem.right == nullptr) {
+    use(std::integral_constant<Outputs, Outputs::left_only>());
+  } else if (problem.is_simple()) {
+    use(std::integral_constant<Outputs, Outputs::simple>());
+  } else {
+    use(std::integral_constant<Outputs, Outputs::any>());
+  }
+}
 
 // Order of the right factor's columns in shared memory. An accumulator row gives a thread two
 // neighbouring positions of every eight; the right factor's columns are permuted so that those are
@@ -60,57 +73,23 @@ struct ThreadRows {
   int quad_lane;
 };
 
+// The value, of which the compiler no longer knows how it came about: it would compute what depends
+// on it ahead of all branches, and spill that.
+template <class Value>
+__device__ __forceinline__ Value opaque(Value value) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(Value) == 4) {
+    asm volatile("" : "+r"(value));
+  } else {
+    asm volatile("" : "+l"(value));
+  }
+#endif
+  return value;
+}
+
 // Read from one lane, so that the compiler knows it to be uniform in the warp.
 __device__ __forceinline__ int warp_uniform(int value) {
   return __shfl_sync(0xffffffffu, value, 0);
-}
-
-// A 4x4 transpose over the lanes of a quad: values[i] of lane j becomes values[j] of lane i.
-__device__ __forceinline__ void transpose_in_quad(float (&values)[4], int quad_lane) {
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    const bool upper = quad_lane & bit;
-#pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
-      float& low = values[bit == 1 ? 2 * pair : pair];
-      float& high = values[bit == 1 ? 2 * pair + 1 : pair + 2];
-      const float other = __shfl_xor_sync(0xffffffffu, upper ? low : high, bit);
-      low = upper ? other : low;
-      high = upper ? high : other;
-    }
-  }
-}
-
-// Accumulators of columns as they lie, as those of columns in ColumnOrder: what a product with the
-// identity in that order would do, without rounding.
-template <int count>
-__device__ __forceinline__ void to_column_order(float (&y)[count], const float (&natural)[count],
-                                                int quad_lane) {
-  using Order = ColumnOrder<2 * count>;
-#pragma unroll
-  for (int word = 0; word < Order::words; ++word) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float four[4];  // of the blocks that become this word in one of the lanes each
-#pragma unroll
-      for (int lane = 0; lane < 4; ++lane) {
-        four[lane] = natural[4 * (Order::word_column(word, lane) / 8) + i];
-      }
-      transpose_in_quad(four, quad_lane);
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) y[4 * (4 * word + pair) + i] = four[pair];
-    }
-  }
-  if constexpr (Order::has_half_word) {
-    constexpr int first = 16 * Order::words;  // accumulators of the two blocks
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int lane = 2 * (quad_lane % 2) + i / 4;
-      const float low = __shfl_sync(0xffffffffu, natural[first + i % 4], lane, 4);
-      const float high = __shfl_sync(0xffffffffu, natural[first + 4 + i % 4], lane, 4);
-      y[first + i] = quad_lane / 2 == 0 ? low : high;
-    }
-  }
 }
 
 // Sum over the four lanes of a quad, the same bits in each.
@@ -181,9 +160,10 @@ __device__ __forceinline__ Reduced reduce(const float (&y)[count]) {
 // 16 rows of Y in plain float32 arithmetic and without padding. For the rare tokens whose Y holds
 // NaN or Inf: because finite values of W were beyond float16's range, or because X or a factor
 // holds them, which padding would turn into more of them (0 * Inf is NaN).
-template <class Element, int count>
+template <class Element, Outputs outputs, int count>
 __device__ void exact_transform(float (&y)[count], const Problem& problem, int64_t token,
                                 ThreadRows thread) {
+  thread.quad_lane = opaque(thread.quad_lane);
   const auto* x = static_cast<const Element*>(problem.input) + token * problem.input_stride;
   const auto* left = static_cast<const Element*>(problem.left);
   const auto* right = static_cast<const Element*>(problem.right);
@@ -191,6 +171,7 @@ __device__ void exact_transform(float (&y)[count], const Problem& problem, int64
   for (int i = 0; i < count; ++i) y[i] = 0.0f;
 #pragma unroll 1
   for (int k = 0; k < problem.cols; ++k) {
+    const int right_size = right == nullptr ? 1 : problem.right_size(), right_row = k % right_size;
     float w[2] = {};
 #pragma unroll 1
     for (int m = thread.quad_lane; m < problem.rows; m += 4) {
@@ -210,86 +191,95 @@ __device__ void exact_transform(float (&y)[count], const Problem& problem, int64
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       const int half = i / 2 % 2;
-      const int col = ColumnOrder<2 * count>::column(i / 4, thread.quad_lane) + i % 2;
+      const int col = i % 2 + (outputs == Outputs::left_only
+                                   ? 8 * (i / 4) + 2 * thread.quad_lane
+                                   : ColumnOrder<2 * count>::column(i / 4, thread.quad_lane));
       if (thread.first_row + 8 * half >= problem.rows || col >= problem.cols) continue;
-      const int index = problem.right_index(k, col);
-      if (index < 0) continue;
-      const float factor = right == nullptr ? 1.0f : static_cast<float>(right[index]);
+      const int right_col = col - k + right_row;
+      if (right_col < 0 || right_col >= right_size) continue;
+      const float factor =
+          right == nullptr ? 1.0f : static_cast<float>(right[right_row * right_size + right_col]);
       y[i] = fmaf(w[half], factor, y[i]);
     }
   }
 }
 
-// `count` 32-bit words (1, 2, 4 or 8) to global memory, at an address aligned to their size, 16
-// bytes at most, if `condition` holds. As predicated instructions: a branch would take the
-// computation of the words with it and cost more than it.
-template <int count>
-__device__ __forceinline__ void store_if(bool condition, void* global,
-                                         const uint32_t (&words)[count]) {
-#if defined(__CUDA_ARCH__)
-  const int predicate = condition;
-  if constexpr (count == 1) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.b32 [%1], %2;}" ::"r"(predicate),
-        "l"(global), "r"(words[0])
-        : "memory");
-  } else if constexpr (count == 2) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.v2.b32 [%1], {%2, %3};}" ::"r"(
-                     predicate),
-                 "l"(global), "r"(words[0]), "r"(words[1])
-                 : "memory");
-  } else if constexpr (count == 4) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.v4.b32 [%1], {%2, %3, %4, %5};}" ::"r"(
-            predicate),
-        "l"(global), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
-        : "memory");
-  } else {
-    static_assert(count == 8);
-    store_if(condition, global, {words[0], words[1], words[2], words[3]});
-    store_if(condition, static_cast<uint4*>(global) + 1, {words[4], words[5], words[6], words[7]});
-  }
-#else
-  if (condition) std::memcpy(global, words, sizeof words);
-#endif
+// A 4x4 transpose over the lanes of a quad, of the four quarters of words: unit i of lane j becomes
+// unit j of lane i.
+__device__ __forceinline__ void transpose_in_quad(uint32_t (&words)[1], int quad_lane) {
+  uint32_t other = __shfl_xor_sync(0xffffffffu, words[0], 1);
+  words[0] = __byte_perm(words[0], other, quad_lane & 1 ? 0x3715 : 0x6240);
+  other = __shfl_xor_sync(0xffffffffu, words[0], 2);
+  words[0] = __byte_perm(words[0], other, quad_lane & 2 ? 0x3276 : 0x5410);
 }
-__device__ __forceinline__ void store_if(bool condition, void* global, uint16_t half_word) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.b16 [%1], %2;}" ::"r"(
-                   static_cast<int>(condition)),
-               "l"(global), "h"(half_word)
-               : "memory");
-#else
-  if (condition) std::memcpy(global, &half_word, sizeof half_word);
-#endif
+__device__ __forceinline__ void transpose_in_quad(uint32_t (&words)[2], int quad_lane) {
+#pragma unroll
+  for (uint32_t& word : words) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, word, 1);
+    word = __byte_perm(word, other, quad_lane & 1 ? 0x3276 : 0x5410);
+  }
+  const bool upper = quad_lane & 2;
+  const uint32_t other = __shfl_xor_sync(0xffffffffu, upper ? words[0] : words[1], 2);
+  words[0] = upper ? other : words[0];
+  words[1] = upper ? words[1] : other;
 }
 
-// The eight values of one word's columns in a thread's row `half`; the last four are the next
-// word's, or no accumulators, where the word is the half word.
-template <int count>
-__device__ __forceinline__ void octet_values(float (&values)[8], const float (&y)[count], int word,
-                                             int half) {
+// Codes of a thread's row `half` in the columns of one word of ColumnOrder, eight of them or, in
+// the half word, four: in one 32-bit word, or two of int8 (of the half word, the first).
+template <int cols, Outputs outputs, Storage storage, Clamp clamp>
+__device__ __forceinline__ void pack_word(uint32_t (&words)[storage == Storage::int32 ? 1 : 2],
+                                          const float (&y)[cols / 2], const TokenScale& scale,
+                                          int word, int half, int quad_lane) {
+  using Order = ColumnOrder<cols>;
+  const bool is_half_word = word == Order::words;
+  float values[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const int accumulator = 4 * (4 * word + i / 2) + 2 * half + i % 2;
-    values[i] = accumulator < count ? y[accumulator] : 0.0f;
+    // Before an exchange, two codes for each lane of the quad.
+    const int block = outputs == Outputs::left_only && !is_half_word
+                          ? Order::word_column(word, i / 2) / 8
+                          : 4 * word + i / 2;
+    const int accumulator = 4 * block + 2 * half + i % 2;
+    values[i] = accumulator < cols / 2 ? y[accumulator] : 0.0f;
+  }
+  const float four[4] = {values[0], values[1], values[2], values[3]};
+  if constexpr (storage == Storage::int32) {
+    words[0] = is_half_word ? pack_int4<clamp>(four, scale) : pack_int4<clamp>(values, scale);
+  } else {
+    words[0] = pack_int8<clamp>(four, scale);
+    if (!is_half_word) {
+      words[1] = pack_int8<clamp>({values[4], values[5], values[6], values[7]}, scale);
+    }
+  }
+  if constexpr (outputs == Outputs::left_only) {
+    if (!is_half_word) {
+      transpose_in_quad(words, quad_lane);
+    } else {
+      // Two codes from each of two lanes, those of a block of eight.
+      const int lane = 2 * (quad_lane % 2);
+      const uint32_t low = __shfl_sync(0xffffffffu, words[0], lane, 4);
+      const uint32_t high = __shfl_sync(0xffffffffu, words[0], lane + 1, 4);
+      words[0] = storage == Storage::int32
+                     ? __byte_perm(low, high, quad_lane & 2 ? 0x0051 : 0x0040)
+                     : __byte_perm(low, high, quad_lane & 2 ? 0x7632 : 0x5410);
+    }
   }
 }
 
 // Codes of a token's 16 rows whose problem.cols is a multiple of 8, so that every word lies inside
 // a row.
-template <int cols, Storage storage, Clamp clamp>
+template <int cols, Outputs outputs, Storage storage, Clamp clamp, class Token>
 __device__ __forceinline__ void store_codes(const float (&y)[cols / 2], const TokenScale& scale,
-                                            const Problem& problem, void* all_codes, int64_t token,
+                                            const Problem& problem, void* all_codes, Token token,
                                             ThreadRows thread) {
   using Order = ColumnOrder<cols>;
   constexpr int vector = Order::vector;
   constexpr bool packed = storage == Storage::int32;
   constexpr int words_per_octet = packed ? 1 : 2;  // 32-bit words of eight codes
   // A packed code is half a byte; addresses are taken at even features only.
-  const auto bytes = [](int64_t features) { return packed ? features / 2 : features; };
+  const auto bytes = [](int features) { return static_cast<unsigned>(features) >> packed; };
   unsigned char* codes = static_cast<unsigned char*>(all_codes) +
-                         token * bytes(problem.rows * problem.cols) +
+                         static_cast<uint64_t>(opaque(token)) * bytes(problem.rows * problem.cols) +
                          bytes(thread.first_row * problem.cols);
 
 #pragma unroll
@@ -300,15 +290,11 @@ __device__ __forceinline__ void store_codes(const float (&y)[cols / 2], const To
       uint32_t words[vector * words_per_octet];
 #pragma unroll
       for (int word = 0; word < vector; ++word) {
-        float values[8];
-        octet_values(values, y, first + word, half);
-        if constexpr (packed) {
-          words[word] = pack_int4<clamp>(values, scale);
-        } else {
-          words[2 * word] = pack_int8<clamp>({values[0], values[1], values[2], values[3]}, scale);
-          words[2 * word + 1] =
-              pack_int8<clamp>({values[4], values[5], values[6], values[7]}, scale);
-        }
+        uint32_t octet[words_per_octet];
+        pack_word<cols, outputs, storage, clamp>(octet, y, scale, first + word, half,
+                                                 thread.quad_lane);
+#pragma unroll
+        for (int i = 0; i < words_per_octet; ++i) words[word * words_per_octet + i] = octet[i];
       }
       const int col = Order::word_column(first, thread.quad_lane);
       unsigned char* target = codes + bytes(col);
@@ -316,24 +302,25 @@ __device__ __forceinline__ void store_codes(const float (&y)[cols / 2], const To
         // Then the words are aligned together and lie inside the row together.
         store_if(inside && col < problem.cols, target, words);
       } else {
+        const int first_col = opaque(col);
 #pragma unroll
         for (int word = 0; word < vector; ++word) {
           uint32_t octet[words_per_octet];
 #pragma unroll
           for (int i = 0; i < words_per_octet; ++i) octet[i] = words[word * words_per_octet + i];
-          store_if(inside && col + 8 * word < problem.cols, target + bytes(8 * word), octet);
+          store_if(inside && first_col + 8 * word < problem.cols, target + bytes(8 * word), octet);
         }
       }
     }
     if constexpr (Order::has_half_word) {
-      float values[8];
-      octet_values(values, y, Order::words, half);
-      const float four[4] = {values[0], values[1], values[2], values[3]};
+      uint32_t octet[words_per_octet];
+      pack_word<cols, outputs, storage, clamp>(octet, y, scale, Order::words, half,
+                                               thread.quad_lane);
       const int col = Order::half_word_column(thread.quad_lane);
       if constexpr (packed) {
-        store_if(inside && col < problem.cols, codes + bytes(col), pack_int4<clamp>(four, scale));
+        store_if(inside && col < problem.cols, codes + bytes(col), static_cast<uint16_t>(octet[0]));
       } else {
-        store_if(inside && col < problem.cols, codes + bytes(col), {pack_int8<clamp>(four, scale)});
+        store_if(inside && col < problem.cols, codes + bytes(col), {octet[0]});
       }
     }
   }
@@ -349,7 +336,7 @@ __device__ __forceinline__ uint32_t narrow_codes(uint32_t codes) {
 // The same for any problem.cols: words may go over the ends of rows. Eight rows at a time become
 // int8 in `scratch` (8 * cols bytes for each warp, aligned to 8), a whole number of words, and are
 // read back by features.
-template <int cols, Clamp clamp>
+template <int cols, Outputs outputs, Clamp clamp>
 __device__ __forceinline__ void store_codes_of_any_cols(const float (&y)[cols / 2],
                                                         const TokenScale& scale,
                                                         const Problem& problem, void* all_codes,
@@ -366,15 +353,14 @@ __device__ __forceinline__ void store_codes_of_any_cols(const float (&y)[cols / 
 #pragma unroll
     for (int word = 0; word < (cols + 31) / 32; ++word) {
       const bool is_half_word = word == Order::words;
-      float values[8];
-      octet_values(values, y, word, half);
+      uint32_t fours[2];
+      pack_word<cols, outputs, Storage::int8, clamp>(fours, y, scale, word, half, thread.quad_lane);
       const int first = is_half_word ? Order::half_word_column(thread.quad_lane)
                                      : Order::word_column(word, thread.quad_lane);
 #pragma unroll
-      for (int part = 0; part < (is_half_word ? 4 : 8); part += 4) {
-        const int col = first + part;
-        const uint32_t four = pack_int8<clamp>(
-            {values[part], values[part + 1], values[part + 2], values[part + 3]}, scale);
+      for (int part = 0; part < (is_half_word ? 1 : 2); ++part) {
+        const int col = first + 4 * part;
+        const uint32_t four = fours[part];
         if (by_fours) {
           if (col < problem.cols) *reinterpret_cast<uint32_t*>(row + col) = four;
         } else {
@@ -410,31 +396,41 @@ __device__ __forceinline__ void store_codes_of_any_cols(const float (&y)[cols / 
 }
 
 // Y itself of a token's 16 rows.
-template <int cols>
+template <int cols, Outputs outputs, class Token>
 __device__ __forceinline__ void store_transformed(const float (&y)[cols / 2],
-                                                  const Problem& problem, int64_t token,
+                                                  const Problem& problem, Token token,
                                                   ThreadRows thread) {
   using Order = ColumnOrder<cols>;
+  token = opaque(token);
+  thread.quad_lane = opaque(thread.quad_lane);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = thread.first_row + 8 * half;
     if (row >= problem.rows) continue;
-    const int64_t first = (token * problem.rows + row) * problem.cols;
+    const int64_t first = (static_cast<int64_t>(token) * problem.rows + row) * problem.cols;
+    // Positions 4 * block + .. of `size` neighbouring columns from `col` on.
+    const auto store = [&](auto size, int block, int col) {
+      float values[size()];
 #pragma unroll
-    for (int word = 0; word < Order::words; ++word) {
-      const int col = Order::word_column(word, thread.quad_lane);
-      float values[8];
-      octet_values(values, y, word, half);
+      for (int i = 0; i < size(); ++i) values[i] = y[4 * (block + i / 2) + 2 * half + i % 2];
       store_values(problem.transformed_dtype, problem.transformed, first + col, values,
                    problem.cols - col);
-    }
-    if constexpr (Order::has_half_word) {
-      const int col = Order::half_word_column(thread.quad_lane);
-      float values[8];
-      octet_values(values, y, Order::words, half);
-      const float four[4] = {values[0], values[1], values[2], values[3]};
-      store_values(problem.transformed_dtype, problem.transformed, first + col, four,
-                   problem.cols - col);
+    };
+    if constexpr (outputs == Outputs::left_only) {
+#pragma unroll
+      for (int block = 0; block < cols / 8; ++block) {
+        store(std::integral_constant<int, 2>(), block, 8 * block + 2 * thread.quad_lane);
+      }
+    } else {
+#pragma unroll
+      for (int word = 0; word < Order::words; ++word) {
+        store(std::integral_constant<int, 8>(), 4 * word,
+              Order::word_column(word, thread.quad_lane));
+      }
+      if constexpr (Order::has_half_word) {
+        store(std::integral_constant<int, 4>(), 4 * Order::words,
+              Order::half_word_column(thread.quad_lane));
+      }
     }
   }
 }

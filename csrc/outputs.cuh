@@ -32,18 +32,62 @@ __device__ __forceinline__ uint32_t pack_pair(__nv_bfloat16, float low, float hi
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-// Eight or four neighbouring values of Y, of which the first `count` exist, rounded to `dtype`.
+// `count` 32-bit words (1, 2, 4 or 8) to global memory, at an address aligned to their size, 16
+// bytes at most, if `condition` holds. As predicated instructions: a branch would take the
+// computation of the words with it and cost more than it.
+template <int count>
+__device__ __forceinline__ void store_if(bool condition, void* global,
+                                         const uint32_t (&words)[count]) {
+#if defined(__CUDA_ARCH__)
+  const int predicate = condition;
+  if constexpr (count == 1) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.b32 [%1], %2;}" ::"r"(predicate),
+        "l"(global), "r"(words[0])
+        : "memory");
+  } else if constexpr (count == 2) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.v2.b32 [%1], {%2, %3};}" ::"r"(
+                     predicate),
+                 "l"(global), "r"(words[0]), "r"(words[1])
+                 : "memory");
+  } else if constexpr (count == 4) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.v4.b32 [%1], {%2, %3, %4, %5};}" ::"r"(
+            predicate),
+        "l"(global), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+        : "memory");
+  } else {
+    static_assert(count == 8);
+    store_if(condition, global, {words[0], words[1], words[2], words[3]});
+    store_if(condition, static_cast<uint4*>(global) + 1, {words[4], words[5], words[6], words[7]});
+  }
+#else
+  if (condition) std::memcpy(global, words, sizeof words);
+#endif
+}
+__device__ __forceinline__ void store_if(bool condition, void* global, uint16_t half_word) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.b16 [%1], %2;}" ::"r"(
+                   static_cast<int>(condition)),
+               "l"(global), "h"(half_word)
+               : "memory");
+#else
+  if (condition) std::memcpy(global, &half_word, sizeof half_word);
+#endif
+}
+
+// Eight, four or two neighbouring values of Y, of which the first `count` exist, rounded to
+// `dtype`.
 template <int size>
 __device__ __forceinline__ void store_values(Dtype dtype, void* all_values, int64_t element,
                                              const float (&values)[size], int count) {
   if (dtype == Dtype::float32) {
     auto* target = static_cast<float*>(all_values) + element;
-    if (count >= size && element % 4 == 0) {
+    if (count >= size && element % (size < 4 ? size : 4) == 0) {
+      uint32_t words[size];
 #pragma unroll
-      for (int i = 0; i < size; i += 4) {
-        *reinterpret_cast<float4*>(target + i) =
-            make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]);
-      }
+      for (int i = 0; i < size; ++i) words[i] = float_bits(values[i]);
+      store_if(true, target, words);
     } else {
 #pragma unroll
       for (int i = 0; i < size; ++i) {
@@ -61,11 +105,7 @@ __device__ __forceinline__ void store_values(Dtype dtype, void* all_values, int6
   }
   auto* target = static_cast<uint16_t*>(all_values) + element;
   if (count >= size && element % size == 0) {
-    if constexpr (size == 8) {
-      *reinterpret_cast<uint4*>(target) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-    } else {
-      *reinterpret_cast<uint2*>(target) = make_uint2(pairs[0], pairs[1]);
-    }
+    store_if(true, target, pairs);
   } else {
 #pragma unroll
     for (int i = 0; i < size; ++i) {

@@ -62,9 +62,9 @@ struct Problem {
     return row % size * size + col % size;
   }
 
-  // Whether a kernel needs no more than both products, max|Y| and one ratio on the host.
+  // Whether a kernel needs no more than max|Y| and one ratio on the host.
   constexpr bool is_simple() const {
-    return right != nullptr && output_count == 1 && outputs[0].max_ratio == outputs[0].min_ratio &&
+    return output_count == 1 && outputs[0].max_ratio == outputs[0].min_ratio &&
            outputs[0].device_max_ratio == nullptr && outputs[0].device_min_ratio == nullptr;
   }
 };

@@ -158,12 +158,13 @@ FLATQUANT_HOST_DEVICE float saturated_fma(float a, float b, float c) {
 
 // round_half_even(value / scale) in the low bits: the FFMA rounds at the weight of 1 because
 // 1.5 * 2^23 has an ulp of 1. In -16..16 if saturated, in -8..7 if clamped here.
+// `offset`, an even number, is added to the code where it is not clamped.
 template <Clamp clamp>
-FLATQUANT_HOST_DEVICE uint32_t code_bits(float value, const TokenScale& scale) {
+FLATQUANT_HOST_DEVICE uint32_t code_bits(float value, const TokenScale& scale, float offset = 0) {
   const float code = clamp == Clamp::saturated
                          ? fmaf(saturated_fma(value * scale.factor, scale.inverse, 0.5f),
                                 scale.multiplier, scale.constant)
-                         : fmaf(value, scale.inverse, 0x1.8p23f);
+                         : fmaf(value, scale.inverse, 0x1.8p23f + offset);
   const uint32_t bits = float_bits(code);
   if constexpr (clamp == Clamp::none || FLATQUANT_HAS_LANES) return bits;
   constexpr uint32_t lowest = 0x4b400000u - 8u, highest = 0x4b400000u + 7u;
@@ -180,13 +181,24 @@ __device__ __forceinline__ uint32_t clamped_lanes(uint32_t low, uint32_t high) {
 // Eight codes as one int4 word.
 template <Clamp clamp>
 FLATQUANT_HOST_DEVICE uint32_t pack_int4(const float (&values)[8], const TokenScale& scale) {
+  // With 8 added, codes are 0..15 and shifted sums do not borrow from each other; flipping the top
+  // bit of each nibble takes the 8 off again. Each of the eight summands carries the bits of
+  // 1.5 * 2^23; what turns their sum into that of the 8s is added to two of the codes.
+  constexpr uint32_t bias = (0x4b400000u - 8u) * 0x11111111u;
+  constexpr float offsets[] = {static_cast<float>(-bias & 0xffffu),
+                               static_cast<float>(-bias >> 16)};
+  static_assert((-bias & 0x10001u) == 0, "rounding half to even needs even offsets");
   uint32_t bits[8];
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
-  for (int i = 0; i < 8; ++i) bits[i] = code_bits<clamp>(values[i], scale);
-  // With 8 added, codes are 0..15 and shifted sums do not borrow from each other; flipping the top
-  // bit of each nibble takes the 8 off again.
+  for (int i = 0; i < 8; ++i) {
+    const float offset = clamp != Clamp::none ? 0.0f
+                         : i == 0             ? offsets[0]
+                         : i == 4             ? offsets[1]
+                                              : 0.0f;
+    bits[i] = code_bits<clamp>(values[i], scale, offset);
+  }
 #if FLATQUANT_HAS_LANES
   if constexpr (clamp != Clamp::none) {
     const uint32_t sum =
@@ -198,9 +210,7 @@ FLATQUANT_HOST_DEVICE uint32_t pack_int4(const float (&values)[8], const TokenSc
   const uint32_t pairs[4] = {bits[0] + (bits[1] << 4), bits[2] + (bits[3] << 4),
                              bits[4] + (bits[5] << 4), bits[6] + (bits[7] << 4)};
   const uint32_t sum = pairs[0] + (pairs[1] << 8) + ((pairs[2] + (pairs[3] << 8)) << 16);
-  // Each of the eight summands carried the bits of 1.5 * 2^23; the 8s are added in the same step.
-  constexpr uint32_t bias = (0x4b400000u - 8u) * 0x11111111u;
-  return (sum - bias) ^ 0x88888888u;
+  return (clamp == Clamp::none ? sum : sum - bias) ^ 0x88888888u;
 }
 
 // Four codes as one word of int8.

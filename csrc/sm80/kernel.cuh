@@ -6,7 +6,7 @@
 // a token of at most 32 rows a single one. The epilogue reduces the extremes of Y over the group,
 // then quantises the accumulators, for one output after the other; the token is read once and its
 // codes are written once. Without a left factor the identity is staged, as W is then X to the bit;
-// without a right one W is Y, and lanes exchange its columns instead.
+// without a right one W is Y, and lanes exchange codes instead.
 // resident_kernel: the factors stay in shared memory; a block is groups that work on different
 // tokens, each with a ring of stages that it fills itself by cp.async.
 // streamed_kernel: for factors that do not fit; the block works on one token and takes left, X and
@@ -191,53 +191,51 @@ __device__ __forceinline__ void first_product(Accumulators<Config>& w,
 // Calls in_between() where least is held in registers.
 template <class Config, Outputs outputs, class Between, class RightRows>
 __device__ __forceinline__ void second_product(Accumulators<Config>& y,
-                                               const Accumulators<Config>& w,
-                                               const Problem& problem, Between in_between,
+                                               const Accumulators<Config>& w, Between in_between,
                                                RightRows right_rows) {
-  if (outputs == Outputs::any && problem.right == nullptr) {
+  if constexpr (outputs == Outputs::left_only) {
 #pragma unroll
     for (int tile = 0; tile < Config::row_tiles; ++tile) {
-      to_column_order(y[tile], w[tile], static_cast<int>(threadIdx.x % 4));
+#pragma unroll
+      for (int i = 0; i < Config::cols / 2; ++i) y[tile][i] = w[tile][i];
     }
     in_between();
-    return;
-  }
-  uint32_t a[Config::row_tiles][Config::cols / 4];  // W as A fragments
+  } else {
+    uint32_t a[Config::row_tiles][Config::cols / 4];  // W as A fragments
 #pragma unroll
-  for (int tile = 0; tile < Config::row_tiles; ++tile) {
+    for (int tile = 0; tile < Config::row_tiles; ++tile) {
 #pragma unroll
-    for (int i = 0; i < Config::cols / 4; ++i) {
-      a[tile][i] = pack_pair(typename Config::Element(), w[tile][2 * i], w[tile][2 * i + 1]);
+      for (int i = 0; i < Config::cols / 4; ++i) {
+        a[tile][i] = pack_pair(typename Config::Element(), w[tile][2 * i], w[tile][2 * i + 1]);
+      }
     }
-  }
-  in_between();
-  clear<Config>(y);
+    in_between();
+    clear<Config>(y);
 #pragma unroll
-  for (int k = 0; k < Config::cols; k += 16) {
-    const uint32_t* pointers[Config::row_tiles];
+    for (int k = 0; k < Config::cols; k += 16) {
+      const uint32_t* pointers[Config::row_tiles];
 #pragma unroll
-    for (int tile = 0; tile < Config::row_tiles; ++tile) pointers[tile] = &a[tile][k / 4];
-    multiply<Config>(y, pointers, right_rows(k));
+      for (int tile = 0; tile < Config::row_tiles; ++tile) pointers[tile] = &a[tile][k / 4];
+      multiply<Config>(y, pointers, right_rows(k));
+    }
   }
 }
 
 // --- epilogue ---
 
-// This thread's rows of a warp's, the first of which is `row`. The compiler may not know the lane:
-// it would compute addresses from it ahead of the products, and spill them.
+// This thread's rows of a warp's, the first of which is `row`.
 __device__ __forceinline__ ThreadRows thread_rows(int row) {
-  int lane = threadIdx.x % 32;
-  asm volatile("" : "+r"(lane));
+  const int lane = opaque(static_cast<int>(threadIdx.x % 32));
   return {row + lane / 4, lane % 4};
 }
 
-template <class Config>
+template <class Config, Outputs outputs>
 __device__ void exact_transform(Accumulators<Config>& y, const Problem& problem, int64_t token,
                                 int row) {
 #pragma unroll
   for (int tile = 0; tile < Config::row_tiles; ++tile) {
-    exact_transform<typename Config::Element>(y[tile], problem, token,
-                                              thread_rows(row + 16 * tile));
+    exact_transform<typename Config::Element, outputs>(y[tile], problem, token,
+                                                       thread_rows(row + 16 * tile));
   }
 }
 
@@ -290,7 +288,7 @@ __device__ __forceinline__ bool is_finite(const Reduced& reduced) {
 }
 
 // Codes of a warp's rows, the first of which is `row`.
-template <class Config>
+template <class Config, Outputs outputs>
 __device__ __forceinline__ void store_codes(const Accumulators<Config>& y, const TokenScale& scale,
                                             const Problem& problem, void* codes, int64_t token,
                                             int row, unsigned char* scratch) {
@@ -299,14 +297,14 @@ __device__ __forceinline__ void store_codes(const Accumulators<Config>& y, const
     for (int tile = 0; tile < Config::row_tiles; ++tile) {
       const ThreadRows rows = thread_rows(row + 16 * tile);
       if (problem.cols % 8 != 0) {
-        store_codes_of_any_cols<Config::cols, clamp()>(y[tile], scale, problem, codes, token, rows,
-                                                       scratch);
+        store_codes_of_any_cols<Config::cols, outputs, clamp()>(y[tile], scale, problem, codes,
+                                                                token, rows, scratch);
       } else if (problem.storage == Storage::int32) {
-        flatquant::store_codes<Config::cols, Storage::int32, clamp()>(y[tile], scale, problem,
-                                                                      codes, token, rows);
+        flatquant::store_codes<Config::cols, outputs, Storage::int32, clamp()>(
+            y[tile], scale, problem, codes, token, rows);
       } else {
-        flatquant::store_codes<Config::cols, Storage::int8, clamp()>(y[tile], scale, problem, codes,
-                                                                     token, rows);
+        flatquant::store_codes<Config::cols, outputs, Storage::int8, clamp()>(
+            y[tile], scale, problem, codes, token, rows);
       }
     }
   });
@@ -321,12 +319,13 @@ __device__ __forceinline__ void store(const Accumulators<Config>& y,
   store_token<outputs, false>(
       problem, token, reduced, ratios, row == 0,
       [&](void* codes, const TokenScale& scale) {
-        store_codes<Config>(y, scale, problem, codes, token, row, scratch);
+        store_codes<Config, outputs>(y, scale, problem, codes, token, row, scratch);
       },
       [&] {
 #pragma unroll
         for (int tile = 0; tile < Config::row_tiles; ++tile) {
-          store_transformed<Config::cols>(y[tile], problem, token, thread_rows(row + 16 * tile));
+          store_transformed<Config::cols, outputs>(y[tile], problem, token,
+                                                   thread_rows(row + 16 * tile));
         }
       });
 }
@@ -397,15 +396,14 @@ __global__ void __launch_bounds__(Config::max_threads, 1)
       group.sync();
       load(stage, next);
     };
-    second_product<Config, outputs>(y, w, problem, refill,
-                                    [&](int k) { return b + k * Config::pitch; });
+    second_product<Config, outputs>(y, w, refill, [&](int k) { return b + k * Config::pitch; });
     Reduced reduced = reduce_group(reduce_tiles<Config, Reduced>(y), all, group);
     if (plan.stages > 1) {
       load(stage, next);
       stage = stage + 1 < plan.stages ? stage + 1 : 0;
     }
     if (!is_finite(reduced)) {
-      exact_transform<Config>(y, problem, token, row);
+      exact_transform<Config, outputs>(y, problem, token, row);
       group.sync();
       reduced = reduce_group(reduce_tiles<Config, Reduced>(y), all, group);
     }
@@ -514,7 +512,7 @@ __device__ __forceinline__ void transform_slices(Accumulators<Config>& y, SliceR
   }
   const typename Config::Element* slice = nullptr;
   const auto nothing = [] {};
-  second_product<Config, outputs>(y, w, problem, nothing, [&](int k) {
+  second_product<Config, outputs>(y, w, nothing, [&](int k) {
     if (k % slice_rows == 0) slice = ring.other(ring.next()) + b_offset(Config::pitch);
     return slice + k % slice_rows * Config::pitch;
   });
@@ -547,7 +545,7 @@ __global__ void __launch_bounds__(Config::max_threads, 1)
     if (is_exact) {
       reduced = Reduced();
       for (int pass = 0; pass < plan.passes; ++pass) {
-        exact_transform<Config>(y, problem, token, first_row(pass));
+        exact_transform<Config, outputs>(y, problem, token, first_row(pass));
         reduced.include(reduce_tiles<Config, Reduced>(y));
       }
       group.sync();
@@ -558,7 +556,7 @@ __global__ void __launch_bounds__(Config::max_threads, 1)
       const int row = first_row(pass);
       if (pass != plan.passes - 1) {
         transform_slices<Config, outputs>(y, ring, problem, plan, row);
-        if (is_exact) exact_transform<Config>(y, problem, token, row);
+        if (is_exact) exact_transform<Config, outputs>(y, problem, token, row);
       }
       store<Config, outputs>(y, reduced, ratios, problem, token, row, scratch);
     }

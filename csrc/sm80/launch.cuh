@@ -19,15 +19,14 @@ void launch_if(const Problem& problem, const Plan& plan, cudaStream_t stream) {
   constexpr int cols = streamed ? streamed_cols[index] : resident_cols[index];
   if (plan.cols != cols) return;
   using Class = Config<Element, cols, streamed>;
-  const bool simple = problem.is_simple();
-  void (*kernel)(Problem, Plan);
-  if constexpr (streamed) {
-    kernel =
-        simple ? streamed_kernel<Class, Outputs::simple> : streamed_kernel<Class, Outputs::any>;
-  } else {
-    kernel =
-        simple ? resident_kernel<Class, Outputs::simple> : resident_kernel<Class, Outputs::any>;
-  }
+  void (*kernel)(Problem, Plan) = nullptr;
+  with_outputs(problem, [&](auto outputs) {
+    if constexpr (streamed) {
+      kernel = streamed_kernel<Class, outputs()>;
+    } else {
+      kernel = resident_kernel<Class, outputs()>;
+    }
+  });
   // The device's limit, not the plan's bytes: the kernel serves many plans, and threads share it.
   const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "sm80", problem);
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit),

@@ -7,7 +7,7 @@
 // copy engine fill a stage again once its token is used. The epilogue reduces the extremes of Y
 // over the group, then quantises the accumulators and stores whole words, for one output after the
 // other; the token is read once and its codes are written once. Without a left factor the identity
-// is staged, as W is then X to the bit; without a right one W is Y, and lanes exchange its columns
+// is staged, as W is then X to the bit; without a right one W is Y, and lanes exchange codes
 // instead. Shared memory: barriers, token numbers and extremes, right, left and the ring, all
 // operands in the panel layout (config.h). One block stays on each SM. Bound by memory, or by
 // tensor cores where rows + cols is large.
@@ -414,14 +414,14 @@ __device__ __forceinline__ float scale_back(float (&y)[Config::cols / 2], const 
   return token.is_zero ? 0.0f : scale * least_magnitude(problem);
 }
 
-template <class Config>
+template <class Config, Outputs outputs>
 __device__ __forceinline__ void store_codes(const float (&y)[Config::cols / 2],
                                             const TokenScale& scale, const Problem& problem,
                                             void* codes, uint32_t token, ThreadRows thread) {
   const auto store = [&](auto storage) {
     with_clamp<true>(scale, [&](auto clamp) {
-      flatquant::store_codes<Config::cols, storage(), clamp()>(y, scale, problem, codes, token,
-                                                               thread);
+      flatquant::store_codes<Config::cols, outputs, storage(), clamp()>(y, scale, problem, codes,
+                                                                        token, thread);
     });
   };
   if (problem.storage == Storage::int32) {
@@ -435,7 +435,7 @@ template <class Config, Outputs outputs, class Refill>
 __device__ void epilogue(float (&y)[Config::cols / 2], const Problem& problem,
                          const SharedMemory<Config>& shared, uint32_t token, ThreadRows thread,
                          int group, int set, const Ratios& ratios, float least, Refill refill) {
-  const auto reduce_token = [&](int used) {
+  const auto reduce_token = [&](const auto& y, int used) {
     auto& storage = *shared.storage;
     if constexpr (outputs == Outputs::simple) {
       return reduce_group<Config>(reduce<Magnitude>(y), storage.magnitudes[used][group], group);
@@ -443,20 +443,26 @@ __device__ void epilogue(float (&y)[Config::cols / 2], const Problem& problem,
       return reduce_group<Config>(reduce<Extremes>(y), storage.extremes[used][group], group);
     }
   };
-  Reduced<outputs> reduced = reduce_token(set);
+  const auto store = [&](const auto& values, const Reduced<outputs>& reduced) {
+    store_token<outputs, true>(
+        problem, token, reduced, ratios, threadIdx.x % Config::group_threads < 32,
+        [&](void* codes, const TokenScale& scale) {
+          store_codes<Config, outputs>(values, scale, problem, codes, token, thread);
+        },
+        [&] { store_transformed<Config::cols, outputs>(values, problem, token, thread); });
+  };
+  const Reduced<outputs> reduced = reduce_token(y, set);
   if constexpr (!Config::refills_early) refill();  // the group's barrier is past
   const float magnitude = reduced.magnitude();
   if (!(magnitude < INFINITY) || (Config::is_float32 && magnitude < least)) {
-    exact_transform<typename Config::Element>(y, problem, token, thread);
-    reduced = reduce_token(set ^ 1);
+    float exact[Config::cols / 2];
+    exact_transform<typename Config::Element, outputs>(exact, problem, token, thread);
+    const Reduced<outputs> reduced_exact = reduce_token(exact, set ^ 1);
     named_barrier_sync(group, Config::group_threads);  // all have read this set
+    store(exact, reduced_exact);
+  } else {
+    store(y, reduced);
   }
-  store_token<outputs, true>(
-      problem, token, reduced, ratios, threadIdx.x % Config::group_threads < 32,
-      [&](void* codes, const TokenScale& scale) {
-        store_codes<Config>(y, scale, problem, codes, token, thread);
-      },
-      [&] { store_transformed<Config::cols>(y, problem, token, thread); });
 }
 
 template <class Config, Outputs outputs>
@@ -475,6 +481,8 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
   const uint64_t right = wgmma_descriptor(shared.right, swizzle, Config::cols * Config::width * 2);
   const uint64_t ring = wgmma_descriptor(shared.ring, swizzle, panel_bytes);
 
+  constexpr bool is_y = outputs == Outputs::left_only;  // W
+  constexpr bool overlaps = Config::overlaps && !is_y;  // as that takes both accumulators
   const Ratios ratios(lane_output(problem));
   int stage = group;
   uint32_t parity = 0;  // of the stage's use
@@ -511,20 +519,18 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
       stage = group;
       parity ^= 1;
     }
-    if (outputs == Outputs::any && problem.right == nullptr) {
-      to_column_order(y, w, thread.quad_lane);
-    } else {
-      second_product<Config>(y, w, right);
-    }
+    float (&result)[Config::cols / 2] = is_y ? w : y;
+    if constexpr (!is_y) second_product<Config>(y, w, right);
     float least = 0.0f;
     if constexpr (Config::is_float32) {
-      least = scale_back<Config>(y, token_split, factor_exponents, problem);
+      least = scale_back<Config>(result, token_split, factor_exponents, problem);
     }
     uint32_t next;
-    if constexpr (Config::overlaps) next = start();
-    epilogue<Config, outputs>(y, problem, shared, token, thread, group, set, ratios, least, refill);
+    if constexpr (overlaps) next = start();
+    epilogue<Config, outputs>(result, problem, shared, token, thread, group, set, ratios, least,
+                              refill);
     set ^= 1;
-    if constexpr (!Config::overlaps) next = start();
+    if constexpr (!overlaps) next = start();
     token = next;
   }
 }

@@ -88,14 +88,17 @@ void launch_if(int wanted, const Problem& problem, cudaStream_t stream) {
   } else if constexpr (!std::is_same_v<Element, float>) {
     if (index != wanted) return;
     using Class = Config<Element, Element, shape.depth, shape.cols>;
-    problem.is_simple() ? launch_kernel<Class, Outputs::simple>(problem, stream)
-                        : launch_kernel<Class, Outputs::any>(problem, stream);
+    with_outputs(problem, [&](auto outputs) { launch_kernel<Class, outputs()>(problem, stream); });
   } else if constexpr (has_float32(shape)) {
     if (index != wanted) return;
     using Highest = Config<float, __half, shape.depth, shape.cols, 2>;
     using High = Config<float, __half, shape.depth, shape.cols, 1>;
-    problem.precision == Precision::highest ? launch_kernel<Highest, Outputs::any>(problem, stream)
-                                            : launch_kernel<High, Outputs::any>(problem, stream);
+    with_outputs(problem, [&](auto outputs) {
+      // Fewer instantiations: `simple` would not be faster.
+      constexpr Outputs less = outputs() == Outputs::simple ? Outputs::any : outputs();
+      problem.precision == Precision::highest ? launch_kernel<Highest, less>(problem, stream)
+                                              : launch_kernel<High, less>(problem, stream);
+    });
   }
 }
 

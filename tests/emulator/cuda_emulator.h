@@ -476,6 +476,15 @@ T __shfl_down_sync(unsigned mask, T value, int lanes, int width = emulator::warp
   return emulated_shuffle(mask, value, width, "__shfl_down_sync",
                           [&](int lane, int) { return lane + lanes; });
 }
+// Byte i of the result is that of the eight of a and b which nibble i of the selector numbers.
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<uint32_t>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  }
+  return result;
+}
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   const uint32_t* all = emulator::machine().exchange(mask, predicate != 0, "__ballot_sync");
   unsigned result = 0;

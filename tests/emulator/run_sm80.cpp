@@ -25,15 +25,14 @@ void launch_if(const Problem& problem, const Plan& plan, unsigned blocks, uint64
   using Class = Config<Element, cols, streamed>;
   if (plan.threads() > Class::max_threads) emulator::fail("%d threads", plan.threads());
   emulator::attach_sm80();
-  const bool simple = problem.is_simple();
   emulator::machine().launch(dim3(blocks), dim3(plan.threads()), plan.shared_bytes, seed, [&] {
-    if constexpr (streamed) {
-      simple ? streamed_kernel<Class, Outputs::simple>(problem, plan)
-             : streamed_kernel<Class, Outputs::any>(problem, plan);
-    } else {
-      simple ? resident_kernel<Class, Outputs::simple>(problem, plan)
-             : resident_kernel<Class, Outputs::any>(problem, plan);
-    }
+    with_outputs(problem, [&](auto outputs) {
+      if constexpr (streamed) {
+        streamed_kernel<Class, outputs()>(problem, plan);
+      } else {
+        resident_kernel<Class, outputs()>(problem, plan);
+      }
+    });
   });
 }
 

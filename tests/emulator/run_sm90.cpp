@@ -36,14 +36,16 @@ void launch_class(const Problem& problem, unsigned blocks, uint64_t seed) {
   constexpr int depth = shape.depth, cols = shape.cols;
   if constexpr (!std::is_same_v<Element, float>) {
     using Class = Config<Element, Element, depth, cols>;
-    problem.is_simple() ? launch_class<Class, Outputs::simple>(problem, blocks, seed)
-                        : launch_class<Class, Outputs::any>(problem, blocks, seed);
+    with_outputs(problem,
+                 [&](auto outputs) { launch_class<Class, outputs()>(problem, blocks, seed); });
   } else if constexpr (has_float32(shape)) {
     using Highest = Config<float, __half, depth, cols, 2>;
     using High = Config<float, __half, depth, cols, 1>;
-    problem.precision == Precision::highest
-        ? launch_class<Highest, Outputs::any>(problem, blocks, seed)
-        : launch_class<High, Outputs::any>(problem, blocks, seed);
+    with_outputs(problem, [&](auto outputs) {
+      constexpr Outputs less = outputs() == Outputs::simple ? Outputs::any : outputs();
+      problem.precision == Precision::highest ? launch_class<Highest, less>(problem, blocks, seed)
+                                              : launch_class<High, less>(problem, blocks, seed);
+    });
   }
 }
 
