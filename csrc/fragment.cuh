@@ -16,8 +16,8 @@
 namespace flatquant {
 
 // What a kernel does with W and Y. `simple` is problem.is_simple(), which needs no more than max|Y|
-// and whose few instructions matter where the epilogue binds; `any` serves all that Problem can ask
-// for; `left_only` too, without a right factor.
+// and whose few instructions matter where the epilogue binds; `any` serves all with a right factor,
+// `left_only` all without.
 enum class Outputs { simple, any, left_only };
 template <Outputs outputs>
 using Reduced = std::conditional_t<outputs == Outputs::simple, Magnitude, Extremes>;
@@ -67,7 +67,7 @@ struct ColumnOrder {
 };
 
 // This thread's share of 16 rows: first_row and first_row + 8, of each the columns that ColumnOrder
-// gives to quad_lane.
+// gives to quad_lane (`left_only`: those of its codes).
 struct ThreadRows {
   int first_row;
   int quad_lane;
@@ -171,7 +171,9 @@ __device__ void exact_transform(float (&y)[count], const Problem& problem, int64
   for (int i = 0; i < count; ++i) y[i] = 0.0f;
 #pragma unroll 1
   for (int k = 0; k < problem.cols; ++k) {
-    const int right_size = right == nullptr ? 1 : problem.right_size(), right_row = k % right_size;
+    // The right factor's row; a division for each of its columns would take most of the code.
+    const int right_size = outputs == Outputs::left_only ? 1 : problem.right_size();
+    const int right_row = k % right_size;
     float w[2] = {};
 #pragma unroll 1
     for (int m = thread.quad_lane; m < problem.rows; m += 4) {
@@ -197,8 +199,10 @@ __device__ void exact_transform(float (&y)[count], const Problem& problem, int64
       if (thread.first_row + 8 * half >= problem.rows || col >= problem.cols) continue;
       const int right_col = col - k + right_row;
       if (right_col < 0 || right_col >= right_size) continue;
-      const float factor =
-          right == nullptr ? 1.0f : static_cast<float>(right[right_row * right_size + right_col]);
+      float factor = 1.0f;
+      if constexpr (outputs != Outputs::left_only) {
+        factor = static_cast<float>(right[right_row * right_size + right_col]);
+      }
       y[i] = fmaf(w[half], factor, y[i]);
     }
   }
@@ -266,6 +270,21 @@ __device__ __forceinline__ void pack_word(uint32_t (&words)[storage == Storage::
   }
 }
 
+// Bytes of codes; those of int4 are counted at even features only.
+template <Storage storage>
+__device__ __forceinline__ unsigned code_bytes(int features) {
+  return static_cast<unsigned>(features) >> (storage == Storage::int32);
+}
+
+// Where a thread's first row begins in the codes of a token.
+template <Storage storage, class Token>
+__device__ __forceinline__ unsigned char* first_codes(const Problem& problem, void* codes,
+                                                      Token token, ThreadRows thread) {
+  return static_cast<unsigned char*>(codes) +
+         static_cast<uint64_t>(opaque(token)) * code_bytes<storage>(problem.rows * problem.cols) +
+         code_bytes<storage>(thread.first_row * problem.cols);
+}
+
 // Codes of a token's 16 rows whose problem.cols is a multiple of 8, so that every word lies inside
 // a row.
 template <int cols, Outputs outputs, Storage storage, Clamp clamp, class Token>
@@ -276,11 +295,8 @@ __device__ __forceinline__ void store_codes(const float (&y)[cols / 2], const To
   constexpr int vector = Order::vector;
   constexpr bool packed = storage == Storage::int32;
   constexpr int words_per_octet = packed ? 1 : 2;  // 32-bit words of eight codes
-  // A packed code is half a byte; addresses are taken at even features only.
-  const auto bytes = [](int features) { return static_cast<unsigned>(features) >> packed; };
-  unsigned char* codes = static_cast<unsigned char*>(all_codes) +
-                         static_cast<uint64_t>(opaque(token)) * bytes(problem.rows * problem.cols) +
-                         bytes(thread.first_row * problem.cols);
+  constexpr auto bytes = code_bytes<storage>;
+  unsigned char* codes = first_codes<storage>(problem, all_codes, token, thread);
 
 #pragma unroll
   for (int half = 0; half < 2; ++half, codes += bytes(8 * problem.cols)) {
@@ -321,6 +337,54 @@ __device__ __forceinline__ void store_codes(const float (&y)[cols / 2], const To
         store_if(inside && col < problem.cols, codes + bytes(col), static_cast<uint16_t>(octet[0]));
       } else {
         store_if(inside && col < problem.cols, codes + bytes(col), {octet[0]});
+      }
+    }
+  }
+}
+
+// The same for problem.cols an odd multiple of 4, rows * cols a multiple of 8. Words of int4 then
+// begin with the first column of even rows and with the fifth of odd ones.
+template <int cols, Outputs outputs, Storage storage, Clamp clamp, class Token>
+__device__ __forceinline__ void store_codes_by_fours(const float (&y)[cols / 2],
+                                                     const TokenScale& scale,
+                                                     const Problem& problem, void* all_codes,
+                                                     Token token, ThreadRows thread) {
+  using Order = ColumnOrder<cols>;
+  static_assert(!Order::has_half_word);
+  constexpr bool packed = storage == Storage::int32;
+  constexpr int words_per_octet = packed ? 1 : 2;
+  constexpr auto bytes = code_bytes<storage>;
+  unsigned char* codes = first_codes<storage>(problem, all_codes, token, thread);
+  const int quad_lane = opaque(thread.quad_lane);
+  const bool is_odd = thread.first_row % 2 != 0;
+#pragma unroll
+  for (int half = 0; half < 2; ++half, codes += bytes(8 * problem.cols)) {
+    const bool inside = thread.first_row + 8 * half < problem.rows;
+    uint32_t words[Order::words][words_per_octet];
+#pragma unroll
+    for (int word = 0; word < Order::words; ++word) {
+      pack_word<cols, outputs, storage, clamp>(words[word], y, scale, word, half, quad_lane);
+    }
+#pragma unroll
+    for (int word = 0; word < Order::words; ++word) {
+      const int col = Order::word_column(word, quad_lane);
+      if constexpr (packed) {
+        // The next eight codes are this thread's, or the next lane's, or those of the quad's first.
+        uint32_t next = words[word + 1 < Order::words ? word + 1 : 0][0];
+        if (word % Order::vector == Order::vector - 1) {
+          const uint32_t given = quad_lane == 0 ? next : words[word + 1 - Order::vector][0];
+          next = __shfl_sync(0xffffffffu, given, quad_lane + 1, 4);
+        }
+        const int first = is_odd ? col + 4 : col;
+        const uint32_t word_bits =
+            is_odd ? __byte_perm(words[word][0], next, 0x5432) : words[word][0];
+        store_if(inside && first + 8 <= problem.cols, codes + bytes(first), {word_bits});
+        // What shares a word with the row before or after.
+        store_if(inside && (is_odd ? col == 0 : col + 4 == problem.cols), codes + bytes(col),
+                 static_cast<uint16_t>(words[word][0]));
+      } else {
+        store_if(inside && col < problem.cols, codes + col, {words[word][0]});
+        store_if(inside && col + 4 < problem.cols, codes + col + 4, {words[word][1]});
       }
     }
   }

@@ -57,7 +57,7 @@ struct Problem {
     return row / repeats * left_size() + col / repeats;
   }
   constexpr int right_index(int row, int col) const {
-    const int size = right == nullptr ? 1 : right_size();
+    const int size = right_size();
     if (row / size != col / size) return -1;
     return row % size * size + col % size;
   }

@@ -183,7 +183,8 @@ template <Clamp clamp>
 FLATQUANT_HOST_DEVICE uint32_t pack_int4(const float (&values)[8], const TokenScale& scale) {
   // With 8 added, codes are 0..15 and shifted sums do not borrow from each other; flipping the top
   // bit of each nibble takes the 8 off again. Each of the eight summands carries the bits of
-  // 1.5 * 2^23; what turns their sum into that of the 8s is added to two of the codes.
+  // 1.5 * 2^23; what turns their sum into that of the 8s is added to two of the codes where they
+  // are not clamped, and at the end where they are.
   constexpr uint32_t bias = (0x4b400000u - 8u) * 0x11111111u;
   constexpr float offsets[] = {static_cast<float>(-bias & 0xffffu),
                                static_cast<float>(-bias >> 16)};
@@ -193,11 +194,8 @@ FLATQUANT_HOST_DEVICE uint32_t pack_int4(const float (&values)[8], const TokenSc
 #pragma unroll
 #endif
   for (int i = 0; i < 8; ++i) {
-    const float offset = clamp != Clamp::none ? 0.0f
-                         : i == 0             ? offsets[0]
-                         : i == 4             ? offsets[1]
-                                              : 0.0f;
-    bits[i] = code_bits<clamp>(values[i], scale, offset);
+    const bool has_offset = clamp == Clamp::none && i % 4 == 0;
+    bits[i] = code_bits<clamp>(values[i], scale, has_offset ? offsets[i / 4] : 0.0f);
   }
 #if FLATQUANT_HAS_LANES
   if constexpr (clamp != Clamp::none) {

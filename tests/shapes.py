@@ -122,3 +122,6 @@ ODD = [
 ]
 
 SIZES = [*WHOLE, *SHARDS]
+
+# Of these with N no multiple of 8, what sm90 serves in 16 bits nevertheless.
+RAGGED = {(48, 60), (64, 68), (64, 76), (64, 84), (112, 132), (128, 140), (128, 148)}

@@ -87,9 +87,29 @@ def test_every_model_size_has_a_tensor_core_kernel_from_ampere_on(
             if dtype != FLOAT32 and capability >= 80:
                 expected.insert(0, "sm80")
             on_sm90 = max(M, N) <= 128 if dtype == FLOAT32 else M <= 192
-            if capability == 90 and N % 8 == 0 and on_sm90:
+            is_fit = N % 8 == 0 or (dtype != FLOAT32 and (M, N) in shapes.RAGGED)
+            if capability == 90 and on_sm90 and is_fit:
                 expected.insert(0, "sm90")
             assert answer.split(",") == expected, (M, N, dtype)
+
+
+@pytest.mark.parametrize(
+    "M, N, serves",
+    [
+        (26, 60, True),
+        (24, 60, False),  # fills less than half of its class
+        (47, 60, False),  # features no multiple of 8: tokens no multiple of 16 bytes
+        (48, 62, False),
+        (98, 148, True),
+        (130, 148, False),  # no class
+    ],
+)
+def test_sm90_takes_ragged_tokens_that_fill_half_a_class(
+    program: Path, M: int, N: int, serves: bool
+) -> None:
+    for dtype in (FLOAT16, BFLOAT16, FLOAT32):
+        (answer,) = ask(program, [(90, "90a", dtype, M, N)])
+        assert ("sm90" in answer.split(",")) == (serves and dtype != FLOAT32)
 
 
 @pytest.mark.parametrize(

@@ -258,6 +258,8 @@ INSTRUCTIONS = {
     ],
     "copy": [
         r"cp\.async\.bulk\.tensor\.3d\.shared::cluster\.global\.mbarrier::complete_tx::bytes",
+        r"cp\.async\.bulk\.shared::cluster\.global\.mbarrier::complete_tx::bytes "
+        r"\[\S+\], \[\S+\], 48, \[\S+\];",
         r"fence\.proxy\.async\.shared::cta;",
     ],
     # The ones at the end: A and B not negated, and contiguous along M and N.
@@ -423,6 +425,14 @@ def test_sm90_in_every_class(sm90: Path, tmp_path: Path, case: Case) -> None:
         Case(64, 64, 4, BFLOAT16, packed=False, clip_ratios=(0.3,)),
         Case(120, 136, 4, clip_ratios=(0.5,), gap=16, blocks=3),
         Case(64, 64, 4, clip_ratios=(1.5,)),
+        # Ragged tokens.
+        Case(48, 60, 20, blocks=1),
+        Case(46, 60, 5, BFLOAT16, packed=False, gap=8),
+        Case(64, 84, 30, BFLOAT16, blocks=1),
+        Case(64, 76, 5, clip_ratios=(0.5,), gap=24),
+        Case(128, 148, 7, blocks=1),
+        Case(112, 132, 5, packed=False, clip_ratios=(1.5,)),
+        Case(98, 148, 4),  # no tensor map would hold it
         Case(8, 8, 500),  # enough that the last quarter is first come, first served
         Case(24, 32, 500, BFLOAT16, packed=False, blocks=3),
     ],
@@ -441,6 +451,8 @@ def test_sm90(sm90: Path, tmp_path: Path, case: Case) -> None:
         Case(70, 88, 20),
         Case(128, 144, 9, blocks=1),
         Case(150, 152, 5),
+        Case(60, 84, 40, blocks=1),  # ragged tokens
+        Case(128, 140, 9),
     ],
     ids=str,
 )
@@ -465,7 +477,9 @@ def test_sm90_in_any_order(sm90: Path, tmp_path: Path, case: Case) -> None:
 @pytest.mark.parametrize("clip_ratio", [1.0, 0.5])
 @pytest.mark.parametrize("packed", [True, False], ids=["int4", "int8"])
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=dtype_name)
-@pytest.mark.parametrize("rows, cols", [(64, 64), (50, 72), (128, 112), (140, 176)])
+@pytest.mark.parametrize(
+    "rows, cols", [(64, 64), (50, 72), (128, 112), (140, 176), (48, 60), (128, 148)]
+)
 def test_sm90_exact_data(
     sm90: Path,
     tmp_path: Path,
@@ -528,6 +542,8 @@ def check_special(case: Case, outputs: list[Output], problem: Problem, special: 
         Case(64, 72, 9, BFLOAT16),  # padded columns
         Case(100, 136, 6, packed=False),
         Case(190, 152, 6),
+        Case(64, 76, 9, blocks=1),  # ragged tokens
+        Case(112, 132, 6, BFLOAT16, packed=False),
     ],
     ids=str,
 )
@@ -866,9 +882,17 @@ KERNEL_CASES = [
     ("sm90", Case(64, 64, 5)),
     ("sm90", Case(50, 72, 5, BFLOAT16, packed=False)),
     ("sm90", Case(130, 160, 3)),
+    ("sm90", Case(64, 72, 3)),  # half a word
+    ("sm90", Case(120, 128, 3)),  # four words side by side
+    ("sm90", Case(48, 60, 5)),  # ragged tokens
+    ("sm90", Case(48, 36, 3)),
+    ("sm90", Case(60, 84, 5, BFLOAT16)),
+    ("sm90", Case(128, 148, 3, packed=False)),
     ("sm90", Case(56, 64, 5, FLOAT32)),
     ("sm90", Case(100, 128, 5, FLOAT32, packed=False)),
     ("sm80", Case(24, 24, 5, packed=False)),
+    ("sm80", Case(16, 72, 3)),
+    ("sm80", Case(16, 128, 3, BFLOAT16)),
     ("sm80", Case(62, 68, 5, BFLOAT16)),
     ("sm80", Case(13, 17, 5, packed=False)),  # features odd, rows of Y at any address
     ("sm80", Case(72, 112, 3, BFLOAT16, packed=False)),

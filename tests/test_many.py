@@ -237,8 +237,16 @@ def test_every_output_of_many_agrees_with_float64(M: int, N: int, dtype: torch.d
             outputs = flatquant_dynamic_quantize_many(*problem, CLIPS, **options)
             for clip, output in zip(CLIPS, outputs, strict=True):
                 tolerance = loosened(dtype, M, N, clip)
-                result = accuracy.compare(*output, exact, clip, dtype, tolerance=tolerance)
+                # Where a token has next to nothing on the side of the larger ratio, a step may be
+                # less than the error that Y may have, and the code anything.
+                steps = reference.quantize(exact, clip)[1]
+                judged = steps > 4 * tolerance.transform * exact.abs().amax(-1)
+                codes, scales = output[0][judged], output[1][judged]
+                result = accuracy.compare(
+                    codes, scales, exact[judged], clip, dtype, tolerance=tolerance
+                )
                 assert result.ok, f"{kernel}, {pack_int32}, {clip}: {result}"
+                assert judged.any() or (M * N >= 2048 and min(M, N) <= 4), "no token is judged"
                 # Alone it is the same, and so it is with its ratios on the device.
                 alone = flatquant_dynamic_quantize(*problem, clip, **options)
                 assert equal(alone, output), (kernel, clip)
@@ -262,12 +270,16 @@ def test_each_side_has_its_ratio(M: int, N: int, sign: int, dtype: torch.dtype) 
             expected = flatquant_dynamic_quantize(*positive, ratio, kernel=kernel)
             # The other side has nothing, whatever its ratio.
             clip = (ratio, 3.0) if sign > 0 else (3.0, ratio)
-            codes, scales = flatquant_dynamic_quantize(*positive, clip, kernel=kernel)
-            assert torch.equal(scales, expected[1])
-            # Codes are clamped by another path where both sides have to be, which rounds otherwise
-            # within 2^-19 steps of a tie.
-            steps = (codes.int() - expected[0].int()).abs()
-            assert steps.max() <= 1 and steps.count_nonzero() <= 1 + 1e-5 * steps.numel(), kernel
+            got = flatquant_dynamic_quantize(*positive, clip, kernel=kernel)
+            if ratio != 0.9:
+                assert equal(got, expected), (kernel, ratio)
+            else:
+                # Codes are clamped by another path where both sides have to be, which rounds
+                # otherwise within 2^-19 steps of a tie.
+                assert torch.equal(got[1], expected[1])
+                steps = (got[0].int() - expected[0].int()).abs()
+                assert steps.max() <= 1, kernel
+                assert steps.count_nonzero() <= 1 + 1e-5 * steps.numel(), kernel
             swapped = flatquant_dynamic_quantize(*positive, clip[::-1], kernel=kernel)
             assert not torch.equal(swapped[1], expected[1])
 

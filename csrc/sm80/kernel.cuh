@@ -500,8 +500,7 @@ struct SliceRing {
 // Y of a warp's rows, the first of which is `row`.
 template <class Config, Outputs outputs>
 __device__ __forceinline__ void transform_slices(Accumulators<Config>& y, SliceRing<Config>& ring,
-                                                 const Problem& problem, const Plan& plan,
-                                                 int row) {
+                                                 const Plan& plan, int row) {
   Accumulators<Config> w;
   clear<Config>(w);
 #pragma unroll 1
@@ -537,7 +536,7 @@ __global__ void __launch_bounds__(Config::max_threads, 1)
   for (int64_t token = blockIdx.x; token < problem.tokens; token += gridDim.x) {
     Reduced reduced;
     for (int pass = 0; pass < plan.passes; ++pass) {
-      transform_slices<Config, outputs>(y, ring, problem, plan, first_row(pass));
+      transform_slices<Config, outputs>(y, ring, plan, first_row(pass));
       reduced.include(reduce_tiles<Config, Reduced>(y));
     }
     reduced = reduce_group(reduced, all, group);
@@ -555,7 +554,7 @@ __global__ void __launch_bounds__(Config::max_threads, 1)
     for (int pass = plan.passes - 1; pass >= 0; --pass) {
       const int row = first_row(pass);
       if (pass != plan.passes - 1) {
-        transform_slices<Config, outputs>(y, ring, problem, plan, row);
+        transform_slices<Config, outputs>(y, ring, plan, row);
         if (is_exact) exact_transform<Config, outputs>(y, problem, token, row);
       }
       store<Config, outputs>(y, reduced, ratios, problem, token, row, scratch);

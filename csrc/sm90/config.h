@@ -16,13 +16,13 @@ struct ShapeClass {
   constexpr bool holds(int rows, int n) const { return rows <= depth && n <= cols; }
 };
 
-// Every model's layer sizes with cols a multiple of 8 (tests/shapes.py), and one for wide tokens.
-// A problem goes to the first that holds it.
+// Every model's layer sizes with cols a multiple of 8 (tests/shapes.py), one for wide tokens and
+// one for ragged ones. A problem goes to the first that holds and serves it.
 inline constexpr ShapeClass shape_classes[] = {
     {16, 16},   {16, 32},   {32, 32},   {32, 48},   {32, 64},   {48, 48},   {48, 64},   {64, 64},
     {64, 80},   {64, 96},   {64, 112},  {64, 128},  {64, 192},  {80, 80},   {80, 96},   {80, 112},
-    {80, 128},  {96, 96},   {96, 112},  {96, 128},  {112, 128}, {128, 128}, {128, 144}, {128, 176},
-    {128, 208}, {128, 224}, {128, 256}, {144, 192}, {160, 160}, {176, 176}, {192, 192}};
+    {80, 128},  {96, 96},   {96, 112},  {96, 128},  {112, 128}, {128, 128}, {128, 144}, {128, 160},
+    {128, 176}, {128, 208}, {128, 224}, {128, 256}, {144, 192}, {160, 160}, {176, 176}, {192, 192}};
 constexpr int shape_class_count = sizeof(shape_classes) / sizeof(ShapeClass);
 
 // Those that are instantiated for float32 too: fewer, as few models run in it, and no larger ones,
@@ -35,12 +35,35 @@ constexpr bool has_float32(ShapeClass shape) {
   return false;
 }
 
-// Index into shape_classes, -1 where none holds the problem.
+// The copy engine reads rows in units of 16 bytes. A token whose rows are no multiple of that, but
+// which is one itself, arrives as a whole and is cut into rows by its group.
+constexpr bool is_ragged(int cols) { return cols % 8 != 0; }
+
+// Those that are instantiated for ragged tokens too. ColumnOrder must have no half word for them.
+constexpr bool has_ragged(ShapeClass shape) {
+  constexpr ShapeClass classes[] = {{48, 64}, {64, 96}, {128, 160}};
+  for (const ShapeClass other : classes) {
+    if (shape.depth == other.depth && shape.cols == other.cols) return true;
+  }
+  return false;
+}
+
+// Whether the class serves a ragged problem that it holds. Half empty, it would be slower than
+// sm80.
+constexpr bool serves_ragged(ShapeClass shape, Dtype dtype, int rows, int cols) {
+  return dtype != Dtype::float32 && has_ragged(shape) && cols % 4 == 0 && rows * cols % 8 == 0 &&
+         2 * rows * cols >= shape.depth * shape.cols;
+}
+
+// Index into shape_classes, -1 where none serves the problem.
 constexpr int find_shape_class(Dtype dtype, int rows, int cols) {
   for (int i = 0; i < shape_class_count; ++i) {
     const ShapeClass shape = shape_classes[i];
-    if (dtype == Dtype::float32 && !has_float32(shape)) continue;
-    if (shape.holds(rows, cols)) return i;
+    if (!shape.holds(rows, cols)) continue;
+    if (is_ragged(cols) ? serves_ragged(shape, dtype, rows, cols)
+                        : dtype != Dtype::float32 || has_float32(shape)) {
+      return i;
+    }
   }
   return -1;
 }
@@ -51,9 +74,8 @@ constexpr int work(Dtype dtype, int rows, int cols) {
   return 64 * shape.row_tiles() * shape.cols * (shape.depth + shape.cols);
 }
 
-// The copy engine reads rows in units of 16 bytes.
 constexpr bool serves(Dtype dtype, int rows, int cols) {
-  return rows >= 1 && cols >= 1 && cols % 8 == 0 && find_shape_class(dtype, rows, cols) >= 0;
+  return rows >= 1 && cols >= 1 && find_shape_class(dtype, rows, cols) >= 0;
 }
 
 // With one factor only, rows can be cut or joined: left^T @ X is kron(left, I)^T @ X' for X' of
@@ -72,7 +94,7 @@ constexpr Problem regrouped(const Problem& problem) {
     other.cols = cuts ? problem.cols / repeats : problem.cols * repeats;
     (cuts ? other.left_repeats : other.right_repeats) = repeats;
     const Dtype dtype = problem.dtype;
-    if (serves(dtype, other.rows, other.cols) &&
+    if (!is_ragged(other.cols) && serves(dtype, other.rows, other.cols) &&
         work(dtype, other.rows, other.cols) < work(dtype, best.rows, best.cols)) {
       best = other;
     }
@@ -128,12 +150,14 @@ constexpr bool overlaps(int row_tiles, int cols) {
 
 // wgmma multiplies matrices of Operand. One of float32 is the sum of `parts` float16 matrices, with
 // 11 bits each: two for Precision::highest, one for Precision::high.
-template <class Element_, class Operand_, int depth_, int cols_, int parts_ = 1>
+template <class Element_, class Operand_, int depth_, int cols_, int parts_ = 1,
+          bool ragged_ = false>
 struct Config {
   using Element = Element_;  // of the problem
   using Operand = Operand_;  // 2 bytes
   static constexpr int parts = parts_;
   static constexpr bool is_float32 = sizeof(Element) == 4;
+  static constexpr bool is_ragged = ragged_;
   static constexpr int depth = depth_;
   static constexpr int cols = cols_;
   static constexpr int row_tiles = ShapeClass{depth, cols}.row_tiles();
@@ -150,7 +174,7 @@ struct Config {
   static constexpr int right_bytes = (cols * panel_cols * 2 + 1023) / 1024 * 1024;
   static constexpr int left_bytes = depth * 64 * row_tiles * 2;
   static constexpr int part_bytes = depth * panel_cols * 2;  // of a token
-  // A token arrives in boxes of so many columns.
+  // A token arrives in boxes of so many columns; a ragged one as it is.
   static constexpr int box_cols = is_float32 ? cols : width;
   static constexpr int token_bytes = depth * panel_cols * static_cast<int>(sizeof(Element));
   static_assert(!is_float32 || panel_cols == cols);

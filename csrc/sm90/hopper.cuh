@@ -77,6 +77,13 @@ __device__ __forceinline__ void tma_load_3d(const CUtensorMap* map, Mbarrier* ba
       map, barrier, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), shared, x, y, z);
 }
 
+// Starts a copy of `bytes`, a multiple of 16, between addresses that are multiples of 16. Completes
+// on `barrier` with them.
+__device__ __forceinline__ void bulk_load(const void* global, Mbarrier* barrier, void* shared,
+                                          int bytes) {
+  cute::SM90_BULK_COPY_G2S::copy(global, barrier, shared, bytes);
+}
+
 // --- tensor cores ---
 
 // Width in bytes of a row of the swizzled shared-memory panel (see Panel in config.h).

@@ -16,6 +16,8 @@
 // the smallest. A token is split in place, by its group, once it has arrived. One whose Y lies so
 // far below what its X and the factors could make that float16's smallest number would show is
 // computed again exactly.
+// Tokens whose rows the copy engine cannot read (is_ragged) arrive as their elements follow each
+// other, and their group brings them into panels, in place.
 #pragma once
 
 #include <type_traits>
@@ -108,16 +110,22 @@ class TokenSource {
 template <class Config>
 __device__ void fill(const CUtensorMap& input_map, const Problem& problem,
                      const SharedMemory<Config>& shared, int stage, uint32_t token) {
+  using Element = typename Config::Element;
   const bool exists = token < problem.tokens;
   Mbarrier* full = &shared.storage->full[stage];
   shared.storage->tokens[stage] = token;
-  mbarrier_arrive_expect_bytes(full, exists ? Config::token_bytes : 0);
+  const int token_bytes = Config::is_ragged ? problem.rows * problem.cols * 2 : Config::token_bytes;
+  mbarrier_arrive_expect_bytes(full, exists ? token_bytes : 0);
   if (!exists) return;
-  auto* panels =
-      reinterpret_cast<typename Config::Element*>(shared.ring + stage * Config::stage_bytes);
+  auto* panels = reinterpret_cast<Element*>(shared.ring + stage * Config::stage_bytes);
+  if constexpr (Config::is_ragged) {
+    const auto* input = static_cast<const Element*>(problem.input);
+    bulk_load(input + token * problem.input_stride, full, panels, token_bytes);
+  } else {
 #pragma unroll
-  for (int col = 0; col < Config::panel_cols; col += Config::box_cols) {
-    tma_load_3d(&input_map, full, panels + col * Config::depth, col, 0, static_cast<int>(token));
+    for (int col = 0; col < Config::panel_cols; col += Config::box_cols) {
+      tma_load_3d(&input_map, full, panels + col * Config::depth, col, 0, static_cast<int>(token));
+    }
   }
 }
 
@@ -340,6 +348,46 @@ __device__ TokenSplit split_token(unsigned char* stage, const SharedMemory<Confi
   return {exponent, magnitude.max == 0.0f};
 }
 
+// Brings a ragged token that has arrived into panels, padded with zeros, in place.
+template <class Config>
+__device__ void cut_token(unsigned char* stage, const Problem& problem, int group) {
+  constexpr int quads = Config::depth * Config::cols / 4 / Config::group_threads;
+  constexpr int last_columns = Config::cols % Config::width;
+  static_assert(Config::width == 64 && (last_columns == 0 || last_columns == 32));
+  static_assert(Config::depth % (Config::group_threads / (last_columns == 0 ? 16 : 8)) == 0);
+  const int thread = threadIdx.x % Config::group_threads;
+  // Calls visit(index, row, first column, element in panels) for this thread's groups of four
+  // columns. It keeps its columns of a panel and takes every row_step-th row, which is swizzled
+  // alike.
+  const auto for_each_quad = [&](auto visit) {
+    int index = 0;
+#pragma unroll
+    for (int panel = 0; panel < Config::cols; panel += Config::width) {
+      const int columns =
+          Config::cols - panel < Config::width ? Config::cols - panel : Config::width;
+      const int row_step = Config::group_threads / (columns / 4);
+      const int first_row = thread / (columns / 4), col = panel + thread % (columns / 4) * 4;
+      const int first = Panel::offset(Config::width, Config::depth, first_row, col);
+#pragma unroll
+      for (int row = 0; row < Config::depth; row += row_step) {
+        visit(index++, first_row + row, col, first + row * Config::width);
+      }
+    }
+  };
+  uint2 values[quads];
+  for_each_quad([&](int i, int row, int col, int) {
+    const bool inside = row < problem.rows && col < problem.cols;
+    values[i] = inside ? *reinterpret_cast<const uint2*>(stage + 2 * (row * problem.cols + col))
+                       : make_uint2(0, 0);
+  });
+  named_barrier_sync(group, Config::group_threads);  // all of it is in registers
+  for_each_quad([&](int i, int, int, int element) {
+    *reinterpret_cast<uint2*>(stage + 2 * element) = values[i];
+  });
+  fence_proxy_async();
+  named_barrier_sync(group, Config::group_threads);
+}
+
 // Calls multiply(a's part, b's part) for the products that count, the largest last.
 template <class Config, class Multiply>
 __device__ __forceinline__ void for_each_product(Multiply multiply) {
@@ -420,8 +468,13 @@ __device__ __forceinline__ void store_codes(const float (&y)[Config::cols / 2],
                                             void* codes, uint32_t token, ThreadRows thread) {
   const auto store = [&](auto storage) {
     with_clamp<true>(scale, [&](auto clamp) {
-      flatquant::store_codes<Config::cols, outputs, storage(), clamp()>(y, scale, problem, codes,
+      if constexpr (Config::is_ragged) {
+        store_codes_by_fours<Config::cols, outputs, storage(), clamp()>(y, scale, problem, codes,
                                                                         token, thread);
+      } else {
+        flatquant::store_codes<Config::cols, outputs, storage(), clamp()>(y, scale, problem, codes,
+                                                                          token, thread);
+      }
     });
   };
   if (problem.storage == Storage::int32) {
@@ -435,12 +488,13 @@ template <class Config, Outputs outputs, class Refill>
 __device__ void epilogue(float (&y)[Config::cols / 2], const Problem& problem,
                          const SharedMemory<Config>& shared, uint32_t token, ThreadRows thread,
                          int group, int set, const Ratios& ratios, float least, Refill refill) {
-  const auto reduce_token = [&](const auto& y, int used) {
+  const auto reduce_token = [&](const auto& values, int used) {
     auto& storage = *shared.storage;
     if constexpr (outputs == Outputs::simple) {
-      return reduce_group<Config>(reduce<Magnitude>(y), storage.magnitudes[used][group], group);
+      return reduce_group<Config>(reduce<Magnitude>(values), storage.magnitudes[used][group],
+                                  group);
     } else {
-      return reduce_group<Config>(reduce<Extremes>(y), storage.extremes[used][group], group);
+      return reduce_group<Config>(reduce<Extremes>(values), storage.extremes[used][group], group);
     }
   };
   const auto store = [&](const auto& values, const Reduced<outputs>& reduced) {
@@ -495,6 +549,8 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
     const uint32_t token = warp_uniform(shared.storage->tokens[stage]);
     if constexpr (Config::is_float32) {
       token_split = split_token(shared.ring + stage * Config::stage_bytes, shared, group);
+    } else if constexpr (Config::is_ragged) {
+      cut_token<Config>(shared.ring + stage * Config::stage_bytes, problem, group);
     }
     start_first_product<Config>(w, left, advance(ring, stage * Config::stage_bytes));
     return token;
@@ -545,7 +601,7 @@ __global__ void __launch_bounds__(Config::threads, 1)
   const bool fills = threadIdx.x % Config::group_threads == 0;
   // The first tokens are asked for at once, the others after the factors.
   if (fills) {
-    tma_prefetch_map(&input_map);
+    if constexpr (!Config::is_ragged) tma_prefetch_map(&input_map);
     for (int stage = group; stage < Config::stages; stage += Config::groups) {
       mbarrier_init(&shared.storage->full[stage], 1);
     }

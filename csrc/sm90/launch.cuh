@@ -35,9 +35,11 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder(const Problem& probl
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(encoder);
 }
 
-// Input as (tokens, rows, cols), cols innermost; a box is one panel of one token.
+// Input as (tokens, rows, cols), cols innermost; a box is one panel of one token. Ragged tokens
+// need none.
 template <class Config>
 CUtensorMap make_input_map(const Problem& problem) {
+  if constexpr (Config::is_ragged) return {};
   using Element = typename Config::Element;
   constexpr CUtensorMapDataType type = Config::is_float32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                                        : std::is_same_v<Element, __half>
@@ -88,7 +90,11 @@ void launch_if(int wanted, const Problem& problem, cudaStream_t stream) {
   } else if constexpr (!std::is_same_v<Element, float>) {
     if (index != wanted) return;
     using Class = Config<Element, Element, shape.depth, shape.cols>;
-    with_outputs(problem, [&](auto outputs) { launch_kernel<Class, outputs()>(problem, stream); });
+    using Ragged = Config<Element, Element, shape.depth, shape.cols, 1, has_ragged(shape)>;
+    with_outputs(problem, [&](auto outputs) {
+      is_ragged(problem.cols) ? launch_kernel<Ragged, outputs()>(problem, stream)
+                              : launch_kernel<Class, outputs()>(problem, stream);
+    });
   } else if constexpr (has_float32(shape)) {
     if (index != wanted) return;
     using Highest = Config<float, __half, shape.depth, shape.cols, 2>;

@@ -10,6 +10,7 @@ using namespace flatquant::sm90;
 // As launch.cuh makes it.
 template <class Config>
 CUtensorMap make_input_map(const Problem& problem) {
+  if (Config::is_ragged) return {};
   const auto size = [](int64_t value) { return static_cast<uint64_t>(value); };
   constexpr int element = sizeof(typename Config::Element);
   return emulator::TensorMap{emulator::TensorMap::expected_magic,
@@ -36,8 +37,11 @@ void launch_class(const Problem& problem, unsigned blocks, uint64_t seed) {
   constexpr int depth = shape.depth, cols = shape.cols;
   if constexpr (!std::is_same_v<Element, float>) {
     using Class = Config<Element, Element, depth, cols>;
-    with_outputs(problem,
-                 [&](auto outputs) { launch_class<Class, outputs()>(problem, blocks, seed); });
+    using Ragged = Config<Element, Element, depth, cols, 1, has_ragged(shape)>;
+    with_outputs(problem, [&](auto outputs) {
+      is_ragged(problem.cols) ? launch_class<Ragged, outputs()>(problem, blocks, seed)
+                              : launch_class<Class, outputs()>(problem, blocks, seed);
+    });
   } else if constexpr (has_float32(shape)) {
     using Highest = Config<float, __half, depth, cols, 2>;
     using High = Config<float, __half, depth, cols, 1>;

@@ -1,5 +1,6 @@
-// The copy engine's tiled loads of a 3-D tensor map, whose fields lie in the bytes of CUtensorMap
-// (the true encoding is the driver's secret).
+// The copy engine's loads: tiled ones of a 3-D tensor map, whose fields lie in the bytes of
+// CUtensorMap (the true encoding is the driver's secret), and those of bytes as they follow each
+// other.
 #pragma once
 
 #include "mbarrier.h"
@@ -99,6 +100,24 @@ inline void tma_load(const CUtensorMap* encoded, uint64_t* barrier, void* destin
     mbarriers().complete_bytes(barrier, bytes);
   };
   machine().post(copy, late);
+}
+
+// cp.async.bulk.shared.global with mbarrier completion, likewise.
+inline void bulk_load(const void* from, uint64_t* barrier, void* destination, uint32_t bytes) {
+  mbarriers().check_visible_to_async(barrier);
+  const uint32_t to = shared_address(destination);
+  if (to % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0) {
+    fail("bulk copy of %u bytes from %p to %#x, not all multiples of 16", bytes, from, to);
+  }
+  SharedMemory& shared = machine().shared;
+  std::memset(shared.generic_view(to, bytes), poison, bytes);
+  std::memset(shared.async_view(to, bytes), poison, bytes);
+  auto copy = [=, &shared] {
+    std::memcpy(shared.generic_view(to, bytes), from, bytes);
+    std::memcpy(shared.async_view(to, bytes), from, bytes);
+    mbarriers().complete_bytes(barrier, bytes);
+  };
+  machine().post(copy, machine().random().below(24) == 0);
 }
 
 }  // namespace emulator

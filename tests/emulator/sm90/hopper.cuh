@@ -46,6 +46,10 @@ inline void tma_load_3d(const CUtensorMap* map, Mbarrier* barrier, void* shared,
   emulator::tma_load(map, barrier, shared, x, y, z);
 }
 
+inline void bulk_load(const void* global, Mbarrier* barrier, void* shared, int bytes) {
+  emulator::bulk_load(global, barrier, shared, bytes);
+}
+
 enum class Swizzle : int { bytes32 = 32, bytes64 = 64, bytes128 = 128 };
 
 inline uint64_t wgmma_descriptor(const void* shared, Swizzle swizzle, int panel_stride) {
