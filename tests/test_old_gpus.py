@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from flatquant import flatquant_dynamic_quantize
 
+ROOT = Path(__file__).resolve().parent.parent
 MANGLED = dict(zip(DTYPES, ("6__half", "13__nv_bfloat16", "f"), strict=True))
 SHARED_LIMIT = 48 * 1024  # bytes a block may have on a GPU of compute capability 6
 CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
@@ -61,12 +64,33 @@ class CudaProblem(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("input", "left", "right")),
         *((name, ctypes.c_int64) for name in ("tokens", "input_stride")),
         *((name, ctypes.c_int) for name in ("rows", "cols", "left_repeats", "right_repeats")),
-        *((name, ctypes.c_int) for name in ("dtype", "storage", "output_count")),
+        *((name, ctypes.c_int) for name in ("dtype", "precision", "storage", "output_count")),
         ("outputs", CudaOutput * 8),
         ("transformed", ctypes.c_void_p),
         ("transformed_dtype", ctypes.c_int),
         ("counter", ctypes.c_void_p),
     ]
+
+
+def test_the_structures_are_laid_out_as_in_the_header(tmp_path: Path) -> None:
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    structures = {"Output": CudaOutput, "Problem": CudaProblem}
+    lines = ["#include <cstddef>", "#include <cstdio>", '#include "problem.h"', "int main() {"]
+    expected = []
+    for name, structure in structures.items():
+        lines.append(f'std::printf("%zu\\n", sizeof(flatquant::{name}));')
+        expected.append(ctypes.sizeof(structure))
+        for field, *_ in structure._fields_:
+            lines.append(f'std::printf("%zu\\n", offsetof(flatquant::{name}, {field}));')
+            expected.append(getattr(structure, field).offset)
+    source, program = tmp_path / "layout.cpp", tmp_path / "layout"
+    source.write_text("\n".join([*lines, "}"]))
+    command = [compiler, "-std=c++17", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)]
+    subprocess.run(command, check=True)
+    run = subprocess.run([program], capture_output=True, text=True, check=True)
+    assert list(map(int, run.stdout.split())) == expected
 
 
 class Module:
@@ -126,8 +150,9 @@ class Module:
             shared,
             CudaProblem(
                 *(tensor.data_ptr() for tensor in (x, left, right)),
-                *(tokens, x.stride(0), rows, cols, DTYPES.index(x.dtype), int(packed)),
-                *(1, outputs),
+                **{"tokens": tokens, "input_stride": x.stride(0), "rows": rows, "cols": cols},
+                **{"left_repeats": 1, "right_repeats": 1, "dtype": DTYPES.index(x.dtype)},
+                **{"storage": int(packed), "output_count": 1, "outputs": outputs},
             ),
             (ctypes.c_int32 * len(plan))(*plan.tolist()),
         )
