@@ -433,6 +433,7 @@ def test_sm90_in_every_class(sm90: Path, tmp_path: Path, case: Case) -> None:
         Case(128, 148, 7, blocks=1),
         Case(112, 132, 5, packed=False, clip_ratios=(1.5,)),
         Case(98, 148, 4),  # no tensor map would hold it
+        Case(128, 92, 3, has_left=False),  # regrouped to 64 x 184, which is not ragged
         Case(8, 8, 500),  # enough that the last quarter is first come, first served
         Case(24, 32, 500, BFLOAT16, packed=False, blocks=3),
     ],
