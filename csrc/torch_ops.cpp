@@ -26,6 +26,7 @@
 #include "simt/launch.h"
 #include "sm80/launch.h"
 #include "sm90/launch.h"
+#include "with_element.h"
 
 namespace flatquant {
 namespace {
@@ -62,9 +63,8 @@ void launch(std::string_view kernel, const Problem& problem, cudaStream_t stream
   // left out of the binary.
   if constexpr (FLATQUANT_NEWEST_ARCH >= 90) {
     if (kernel == "sm90") {
-      return problem.dtype == Dtype::float16    ? launch_sm90<__half>(problem, stream)
-             : problem.dtype == Dtype::bfloat16 ? launch_sm90<__nv_bfloat16>(problem, stream)
-                                                : launch_sm90<float>(problem, stream);
+      return with_element(problem.dtype,
+                          [&](auto element) { launch_sm90<decltype(element)>(problem, stream); });
     }
   }
   if constexpr (FLATQUANT_NEWEST_ARCH >= 80) {
@@ -76,17 +76,10 @@ void launch(std::string_view kernel, const Problem& problem, cudaStream_t stream
   const bool is_plain = kernel == "plain";
   STD_TORCH_CHECK(is_plain || kernel == "simt", "flatquant: kernel '", std::string(kernel),
                   "' is in the table and has no launcher");
-  switch (problem.dtype) {
-    case Dtype::float16:
-      return is_plain ? plain::launch<__half>(problem, stream)
-                      : simt::launch<__half>(problem, stream);
-    case Dtype::bfloat16:
-      return is_plain ? plain::launch<__nv_bfloat16>(problem, stream)
-                      : simt::launch<__nv_bfloat16>(problem, stream);
-    case Dtype::float32:
-      return is_plain ? plain::launch<float>(problem, stream)
-                      : simt::launch<float>(problem, stream);
-  }
+  with_element(problem.dtype, [&](auto element) {
+    using Element = decltype(element);
+    is_plain ? plain::launch<Element>(problem, stream) : simt::launch<Element>(problem, stream);
+  });
 }
 
 Precision to_precision(const std::string& name) {

@@ -1,33 +1,24 @@
 """csrc/dispatch.h, the table of kernels, asked without a GPU."""
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import shapes
+from host_programs import ROOT, compile_program, output_of
 
-ROOT = Path(__file__).resolve().parent.parent
 FLOAT16, BFLOAT16, FLOAT32 = range(3)
 Question = tuple[int, str, int, int, int]
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
     target = tmp_path_factory.mktemp("dispatch") / "dispatch"
-    source = ROOT / "tests" / "dispatch_main.cpp"
-    command = [compiler, "-std=c++17", f"-I{ROOT / 'csrc'}", str(source), "-o", str(target)]
-    subprocess.run(command, check=True)
-    return target
+    return compile_program(ROOT / "tests" / "dispatch_main.cpp", target)
 
 
 def ask(program: Path, questions: list[Question]) -> list[str]:
     text = "".join(" ".join(map(str, question)) + "\n" for question in questions)
-    run = subprocess.run([program], input=text, capture_output=True, text=True, check=True)
-    return run.stdout.splitlines()
+    return output_of(program, text).splitlines()
 
 
 @pytest.mark.parametrize(
@@ -148,10 +139,5 @@ def test_only_plain_serves_without_a_transform(
 
 
 def test_sm80_and_plain_have_plans_that_fit_every_size(tmp_path: Path) -> None:
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    command = [compiler, "-std=c++17", f"-I{ROOT / 'csrc'}", str(ROOT / "tests" / "plan_main.cpp")]
-    subprocess.run([*command, "-o", str(tmp_path / "plan")], check=True)
-    run = subprocess.run([tmp_path / "plan"], capture_output=True, text=True, check=True)
-    assert run.stdout == f"sm80 {3 * 256 * 256}, plain {70_100 * 6} plans\n"
+    program = compile_program(ROOT / "tests" / "plan_main.cpp", tmp_path / "plan")
+    assert output_of(program) == f"sm80 {3 * 256 * 256}, plain {70_100 * 6} plans\n"

@@ -271,10 +271,10 @@ def test_each_side_has_its_ratio(M: int, N: int, sign: int, dtype: torch.dtype) 
             # The other side has nothing, whatever its ratio.
             clip = (ratio, 3.0) if sign > 0 else (3.0, ratio)
             got = flatquant_dynamic_quantize(*positive, clip, kernel=kernel)
-            if ratio != 0.9:
+            if ratio != 0.9 or kernel == "sm90":
                 assert equal(got, expected), (kernel, ratio)
             else:
-                # Codes are clamped by another path where both sides have to be, which rounds
+                # Codes are clamped by another path where both sides have to be, which there rounds
                 # otherwise within 2^-19 steps of a tie.
                 assert torch.equal(got[1], expected[1])
                 steps = (got[0].int() - expected[0].int()).abs()

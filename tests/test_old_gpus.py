@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from host_programs import compile_program, output_of
 from problems import DTYPES, NO_GPU, Problem, dtype_name, random_problem
 from simt_nvrtc import NvrtcMissing, compile_simt
 from torch import Tensor
 
 from flatquant import flatquant_dynamic_quantize
 
-ROOT = Path(__file__).resolve().parent.parent
 MANGLED = dict(zip(DTYPES, ("6__half", "13__nv_bfloat16", "f"), strict=True))
 SHARED_LIMIT = 48 * 1024  # bytes a block may have on a GPU of compute capability 6
 CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
@@ -73,9 +71,6 @@ class CudaProblem(ctypes.Structure):
 
 
 def test_the_structures_are_laid_out_as_in_the_header(tmp_path: Path) -> None:
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
     structures = {"Output": CudaOutput, "Problem": CudaProblem}
     lines = ["#include <cstddef>", "#include <cstdio>", '#include "problem.h"', "int main() {"]
     expected = []
@@ -85,12 +80,10 @@ def test_the_structures_are_laid_out_as_in_the_header(tmp_path: Path) -> None:
         for field, *_ in structure._fields_:
             lines.append(f'std::printf("%zu\\n", offsetof(flatquant::{name}, {field}));')
             expected.append(getattr(structure, field).offset)
-    source, program = tmp_path / "layout.cpp", tmp_path / "layout"
+    source = tmp_path / "layout.cpp"
     source.write_text("\n".join([*lines, "}"]))
-    command = [compiler, "-std=c++17", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)]
-    subprocess.run(command, check=True)
-    run = subprocess.run([program], capture_output=True, text=True, check=True)
-    assert list(map(int, run.stdout.split())) == expected
+    program = compile_program(source, tmp_path / "layout")
+    assert list(map(int, output_of(program).split())) == expected
 
 
 class Module:
@@ -150,9 +143,16 @@ class Module:
             shared,
             CudaProblem(
                 *(tensor.data_ptr() for tensor in (x, left, right)),
-                **{"tokens": tokens, "input_stride": x.stride(0), "rows": rows, "cols": cols},
-                **{"left_repeats": 1, "right_repeats": 1, "dtype": DTYPES.index(x.dtype)},
-                **{"storage": int(packed), "output_count": 1, "outputs": outputs},
+                tokens=tokens,
+                input_stride=x.stride(0),
+                rows=rows,
+                cols=cols,
+                left_repeats=1,
+                right_repeats=1,
+                dtype=DTYPES.index(x.dtype),
+                storage=int(packed),
+                output_count=1,
+                outputs=outputs,
             ),
             (ctypes.c_int32 * len(plan))(*plan.tolist()),
         )

@@ -25,14 +25,19 @@ inline constexpr ShapeClass shape_classes[] = {
     {128, 176}, {128, 208}, {128, 224}, {128, 256}, {144, 192}, {160, 160}, {176, 176}, {192, 192}};
 constexpr int shape_class_count = sizeof(shape_classes) / sizeof(ShapeClass);
 
-// Those that are instantiated for float32 too: fewer, as few models run in it, and no larger ones,
-// as a factor takes twice the shared memory. Their columns fill whole panels.
-constexpr bool has_float32(ShapeClass shape) {
-  constexpr ShapeClass classes[] = {{32, 32}, {64, 64}, {64, 128}, {96, 128}, {128, 128}};
+template <int count>
+constexpr bool is_among(const ShapeClass (&classes)[count], ShapeClass shape) {
   for (const ShapeClass other : classes) {
     if (shape.depth == other.depth && shape.cols == other.cols) return true;
   }
   return false;
+}
+
+// Those that are instantiated for float32 too: fewer, as few models run in it, and no larger ones,
+// as a factor takes twice the shared memory. Their columns fill whole panels.
+constexpr bool has_float32(ShapeClass shape) {
+  constexpr ShapeClass classes[] = {{32, 32}, {64, 64}, {64, 128}, {96, 128}, {128, 128}};
+  return is_among(classes, shape);
 }
 
 // The copy engine reads rows in units of 16 bytes. A token whose rows are no multiple of that, but
@@ -42,10 +47,7 @@ constexpr bool is_ragged(int cols) { return cols % 8 != 0; }
 // Those that are instantiated for ragged tokens too. ColumnOrder must have no half word for them.
 constexpr bool has_ragged(ShapeClass shape) {
   constexpr ShapeClass classes[] = {{48, 64}, {64, 96}, {128, 160}};
-  for (const ShapeClass other : classes) {
-    if (shape.depth == other.depth && shape.cols == other.cols) return true;
-  }
-  return false;
+  return is_among(classes, shape);
 }
 
 // Whether the class serves a ragged problem that it holds. Half empty, it would be slower than

@@ -627,4 +627,28 @@ __global__ void __launch_bounds__(Config::threads, 1)
 #endif
 }
 
+// Calls use(config, outputs), of the types of the kernel's instantiation for a problem of the
+// index-th shape class, which must serve it.
+template <class Element, int index, class Use>
+void with_instantiation(const Problem& problem, Use use) {
+  constexpr ShapeClass shape = shape_classes[index];
+  constexpr int depth = shape.depth, cols = shape.cols;
+  if constexpr (!std::is_same_v<Element, float>) {
+    using Class = Config<Element, Element, depth, cols>;
+    using Ragged = Config<Element, Element, depth, cols, 1, has_ragged(shape)>;
+    with_outputs(problem, [&](auto outputs) {
+      is_ragged(problem.cols) ? use(Ragged(), outputs) : use(Class(), outputs);
+    });
+  } else if constexpr (has_float32(shape)) {
+    using Highest = Config<float, __half, depth, cols, 2>;
+    using High = Config<float, __half, depth, cols, 1>;
+    with_outputs(problem, [&](auto outputs) {
+      // Fewer instantiations: `simple` would not be faster.
+      constexpr Outputs less = outputs() == Outputs::simple ? Outputs::any : outputs();
+      const auto some = std::integral_constant<Outputs, less>();
+      problem.precision == Precision::highest ? use(Highest(), some) : use(High(), some);
+    });
+  }
+}
+
 }  // namespace flatquant::sm90

@@ -84,26 +84,10 @@ void launch_kernel(const Problem& problem, cudaStream_t stream) {
 // Launches class `index` if it is the problem's; only classes of `row_tiles` are instantiated.
 template <class Element, int row_tiles, int index>
 void launch_if(int wanted, const Problem& problem, cudaStream_t stream) {
-  constexpr ShapeClass shape = shape_classes[index];
-  if constexpr (shape.row_tiles() != row_tiles) {
-    return;
-  } else if constexpr (!std::is_same_v<Element, float>) {
+  if constexpr (shape_classes[index].row_tiles() == row_tiles) {
     if (index != wanted) return;
-    using Class = Config<Element, Element, shape.depth, shape.cols>;
-    using Ragged = Config<Element, Element, shape.depth, shape.cols, 1, has_ragged(shape)>;
-    with_outputs(problem, [&](auto outputs) {
-      is_ragged(problem.cols) ? launch_kernel<Ragged, outputs()>(problem, stream)
-                              : launch_kernel<Class, outputs()>(problem, stream);
-    });
-  } else if constexpr (has_float32(shape)) {
-    if (index != wanted) return;
-    using Highest = Config<float, __half, shape.depth, shape.cols, 2>;
-    using High = Config<float, __half, shape.depth, shape.cols, 1>;
-    with_outputs(problem, [&](auto outputs) {
-      // Fewer instantiations: `simple` would not be faster.
-      constexpr Outputs less = outputs() == Outputs::simple ? Outputs::any : outputs();
-      problem.precision == Precision::highest ? launch_kernel<Highest, less>(problem, stream)
-                                              : launch_kernel<High, less>(problem, stream);
+    with_instantiation<Element, index>(problem, [&](auto config, auto outputs) {
+      launch_kernel<decltype(config), outputs()>(problem, stream);
     });
   }
 }

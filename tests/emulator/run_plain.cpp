@@ -2,6 +2,7 @@
 // the tokens that the launch is planned for.
 #include "case.h"
 #include "plain/kernel.cuh"
+#include "with_element.h"
 
 namespace flatquant::plain {
 constexpr int places = 64;                 // with a guard band
@@ -30,13 +31,8 @@ void launch(const Problem& problem, int64_t planned_tokens, uint64_t seed) {
 int main(int argument_count, char** arguments) {
   return emulator::run_case(argument_count, arguments,
                             [](const Problem& problem, unsigned planned_tokens, uint64_t seed) {
-                              switch (problem.dtype) {
-                                case Dtype::float16:
-                                  return launch<__half>(problem, planned_tokens, seed);
-                                case Dtype::bfloat16:
-                                  return launch<__nv_bfloat16>(problem, planned_tokens, seed);
-                                case Dtype::float32:
-                                  return launch<float>(problem, planned_tokens, seed);
-                              }
+                              with_element(problem.dtype, [&](auto element) {
+                                launch<decltype(element)>(problem, planned_tokens, seed);
+                              });
                             });
 }

@@ -2,6 +2,7 @@
 // the problem; the case's `blocks` count the 48 KiB of shared memory that a block may have.
 #include "case.h"
 #include "simt/kernel.cuh"
+#include "with_element.h"
 
 namespace flatquant::simt {
 constexpr int memory_bytes = emulator::shared_limit + 64 * 1024;  // with a guard band
@@ -29,15 +30,9 @@ void launch(const Problem& problem, unsigned blocks, uint64_t seed) {
 }
 
 int main(int argument_count, char** arguments) {
-  return emulator::run_case(argument_count, arguments,
-                            [](const Problem& problem, unsigned blocks, uint64_t seed) {
-                              switch (problem.dtype) {
-                                case Dtype::float16:
-                                  return launch<__half>(problem, blocks, seed);
-                                case Dtype::bfloat16:
-                                  return launch<__nv_bfloat16>(problem, blocks, seed);
-                                case Dtype::float32:
-                                  return launch<float>(problem, blocks, seed);
-                              }
-                            });
+  return emulator::run_case(
+      argument_count, arguments, [](const Problem& problem, unsigned blocks, uint64_t seed) {
+        with_element(problem.dtype,
+                     [&](auto element) { launch<decltype(element)>(problem, blocks, seed); });
+      });
 }

@@ -3,6 +3,7 @@
 
 #include "case.h"
 #include "sm90/kernel.cuh"
+#include "with_element.h"
 
 using namespace flatquant;
 using namespace flatquant::sm90;
@@ -33,24 +34,9 @@ void launch_class(const Problem& problem, unsigned blocks, uint64_t seed) {
 
 template <class Element, int index>
 void launch_class(const Problem& problem, unsigned blocks, uint64_t seed) {
-  constexpr ShapeClass shape = shape_classes[index];
-  constexpr int depth = shape.depth, cols = shape.cols;
-  if constexpr (!std::is_same_v<Element, float>) {
-    using Class = Config<Element, Element, depth, cols>;
-    using Ragged = Config<Element, Element, depth, cols, 1, has_ragged(shape)>;
-    with_outputs(problem, [&](auto outputs) {
-      is_ragged(problem.cols) ? launch_class<Ragged, outputs()>(problem, blocks, seed)
-                              : launch_class<Class, outputs()>(problem, blocks, seed);
-    });
-  } else if constexpr (has_float32(shape)) {
-    using Highest = Config<float, __half, depth, cols, 2>;
-    using High = Config<float, __half, depth, cols, 1>;
-    with_outputs(problem, [&](auto outputs) {
-      constexpr Outputs less = outputs() == Outputs::simple ? Outputs::any : outputs();
-      problem.precision == Precision::highest ? launch_class<Highest, less>(problem, blocks, seed)
-                                              : launch_class<High, less>(problem, blocks, seed);
-    });
-  }
+  with_instantiation<Element, index>(problem, [&](auto config, auto outputs) {
+    launch_class<decltype(config), outputs()>(problem, blocks, seed);
+  });
 }
 
 template <class Element, int... indices>
@@ -68,13 +54,7 @@ int main(int argument_count, char** arguments) {
         }
         const Problem best = regrouped(problem);
         const auto classes = std::make_integer_sequence<int, shape_class_count>();
-        switch (problem.dtype) {
-          case Dtype::float16:
-            return launch<__half>(best, blocks, seed, classes);
-          case Dtype::bfloat16:
-            return launch<__nv_bfloat16>(best, blocks, seed, classes);
-          case Dtype::float32:
-            return launch<float>(best, blocks, seed, classes);
-        }
+        with_element(problem.dtype,
+                     [&](auto element) { launch<decltype(element)>(best, blocks, seed, classes); });
       });
 }

@@ -151,12 +151,13 @@ def main() -> int:
         print("set PYTORCH_NO_CUDA_MEMORY_CACHING=1")
         return 2
     torch.manual_seed(0)
-    for M, N, tokens in [*SHAPES, *SHAPES_OF_SM90]:
+    for shape in [*SHAPES, *SHAPES_OF_SM90]:
+        M, N, tokens = shape
         tokens = min(tokens, 9) if device == "cpu" else tokens
         for dtype in DTYPES:
             problem = random_problem(M, N, tokens, dtype)
             names = available_kernels(M, N, dtype, device)
-            if (M, N, tokens) in SHAPES_OF_SM90:
+            if shape in SHAPES_OF_SM90:
                 names = [name for name in names if name in ("sm90", "reference")]
             for kernel in names if device == "cpu" else names[:-1]:
                 for x in layouts(problem.input):
