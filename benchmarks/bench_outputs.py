@@ -63,12 +63,18 @@ def cases(left: Tensor, right: Tensor) -> list[Case]:
     def transform(dtype: torch.dtype) -> Callable[[Tensor], object]:
         return lambda x: kronecker_transform(x, left, right, dtype, ON_GPU)
 
+    def copy(x: Tensor) -> Tensor:
+        """As many bytes as three outputs read and write."""
+        half = x.view(torch.uint8).view(-1)
+        return half[: int(x.numel() * (x.element_size() + 1.5) / 2)].clone()
+
     return [
         Case("one output", one(1.0, left, right), 0.5, M + N),
         Case("clip ratio 0.9", one(0.9, left, right), 0.5, M + N),
         Case("pair of ratios", many(pairs[:1]), 0.5, M + N),
         Case("two outputs", many(pairs[:2]), 1.0, M + N),
         Case("three outputs", many(pairs), 1.5, M + N),
+        Case("a copy of their bytes", copy, 1.5, 0),
         Case("three outputs that clamp", many(clamping), 1.5, M + N),
         Case("three, ratios on the device", many(ratios), 1.5, M + N),
         Case("left factor only", one(1.0, left, None), 0.5, M),

@@ -1,7 +1,8 @@
 // A warp's 16 rows of Y as the accumulators of mma instructions hold them, and their way to memory.
 // Accumulator 4 * block + 2 * half + e of a lane is row lane / 4 + 8 * half, position
 // 8 * block + 2 * (lane % 4) + e; ColumnOrder says which column of Y is at which position. Without
-// a right factor W is Y, a position is its column, and the lanes of a quad exchange codes instead.
+// a right factor W is Y; then, and where is_ordered() says so, a position is its column, and the
+// lanes of a quad exchange codes instead.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,8 +18,11 @@ namespace flatquant {
 
 // What a kernel does with W and Y. `simple` is problem.is_simple(), which needs no more than max|Y|
 // and whose few instructions matter where the epilogue binds; `any` serves all with a right factor,
-// `left_only` all without.
-enum class Outputs { simple, any, left_only };
+// `in_place` too, of which ColumnOrder has not permuted the columns; `left_only` all without one.
+enum class Outputs { simple, any, in_place, left_only };
+constexpr bool is_ordered(Outputs outputs) {
+  return outputs == Outputs::simple || outputs == Outputs::any;
+}
 template <Outputs outputs>
 using Reduced = std::conditional_t<outputs == Outputs::simple, Magnitude, Extremes>;
 
@@ -67,10 +71,16 @@ struct ColumnOrder {
 };
 
 // This thread's share of 16 rows: first_row and first_row + 8, of each the columns that ColumnOrder
-// gives to quad_lane (`left_only`: those of its codes).
+// gives to quad_lane (those of its codes where lanes exchange them), counted from first_col.
 struct ThreadRows {
   int first_row;
   int quad_lane;
+  int first_col = 0;
+};
+
+// Threads that work together, and which of them this is.
+struct Team {
+  int thread, threads;
 };
 
 // The value, of which the compiler no longer knows how it came about: it would compute what depends
@@ -193,9 +203,9 @@ __device__ void exact_transform(float (&y)[count], const Problem& problem, int64
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       const int half = i / 2 % 2;
-      const int col = i % 2 + (outputs == Outputs::left_only
-                                   ? 8 * (i / 4) + 2 * thread.quad_lane
-                                   : ColumnOrder<2 * count>::column(i / 4, thread.quad_lane));
+      const int col = thread.first_col + i % 2 +
+                      (is_ordered(outputs) ? ColumnOrder<2 * count>::column(i / 4, thread.quad_lane)
+                                           : 8 * (i / 4) + 2 * thread.quad_lane);
       if (thread.first_row + 8 * half >= problem.rows || col >= problem.cols) continue;
       const int right_col = col - k + right_row;
       if (right_col < 0 || right_col >= right_size) continue;
@@ -240,9 +250,8 @@ __device__ __forceinline__ void pack_word(uint32_t (&words)[storage == Storage::
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     // Before an exchange, two codes for each lane of the quad.
-    const int block = outputs == Outputs::left_only && !is_half_word
-                          ? Order::word_column(word, i / 2) / 8
-                          : 4 * word + i / 2;
+    const int block = !is_ordered(outputs) && !is_half_word ? Order::word_column(word, i / 2) / 8
+                                                            : 4 * word + i / 2;
     const int accumulator = 4 * block + 2 * half + i % 2;
     values[i] = accumulator < cols / 2 ? y[accumulator] : 0.0f;
   }
@@ -255,7 +264,7 @@ __device__ __forceinline__ void pack_word(uint32_t (&words)[storage == Storage::
       words[1] = pack_int8<clamp>({values[4], values[5], values[6], values[7]}, scale);
     }
   }
-  if constexpr (outputs == Outputs::left_only) {
+  if constexpr (!is_ordered(outputs)) {
     if (!is_half_word) {
       transpose_in_quad(words, quad_lane);
     } else {
@@ -312,7 +321,7 @@ __device__ __forceinline__ void store_codes(const float (&y)[cols / 2], const To
 #pragma unroll
         for (int i = 0; i < words_per_octet; ++i) words[word * words_per_octet + i] = octet[i];
       }
-      const int col = Order::word_column(first, thread.quad_lane);
+      const int col = thread.first_col + Order::word_column(first, thread.quad_lane);
       unsigned char* target = codes + bytes(col);
       if (problem.cols % (8 * vector) == 0) {
         // Then the words are aligned together and lie inside the row together.
@@ -332,7 +341,7 @@ __device__ __forceinline__ void store_codes(const float (&y)[cols / 2], const To
       uint32_t octet[words_per_octet];
       pack_word<cols, outputs, storage, clamp>(octet, y, scale, Order::words, half,
                                                thread.quad_lane);
-      const int col = Order::half_word_column(thread.quad_lane);
+      const int col = thread.first_col + Order::half_word_column(thread.quad_lane);
       if constexpr (packed) {
         store_if(inside && col < problem.cols, codes + bytes(col), static_cast<uint16_t>(octet[0]));
       } else {
@@ -398,29 +407,27 @@ __device__ __forceinline__ uint32_t narrow_codes(uint32_t codes) {
 }
 
 // The same for any problem.cols: words may go over the ends of rows. Eight rows at a time become
-// int8 in `scratch` (8 * cols bytes for each warp, aligned to 8), a whole number of words, and are
-// read back by features.
-template <int cols, Outputs outputs, Clamp clamp>
-__device__ __forceinline__ void store_codes_of_any_cols(const float (&y)[cols / 2],
-                                                        const TokenScale& scale,
-                                                        const Problem& problem, void* all_codes,
-                                                        int64_t token, ThreadRows thread,
-                                                        unsigned char* scratch) {
+// int8 in `scratch` (eight of them, aligned to 8), a whole number of words, and are read back by
+// features. `team` are the threads that have the columns of these rows; sync() is their barrier.
+template <int cols, Outputs outputs, Clamp clamp, class Sync>
+__device__ __forceinline__ void store_codes_of_any_cols(
+    const float (&y)[cols / 2], const TokenScale& scale, const Problem& problem, void* all_codes,
+    int64_t token, ThreadRows thread, unsigned char* scratch, Team team, Sync sync) {
   using Order = ColumnOrder<cols>;
-  const int lane = 4 * (thread.first_row % 8) + thread.quad_lane;
   const int features = problem.rows * problem.cols;
   const bool by_fours = problem.cols % 4 == 0;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    __syncwarp();  // the last rows have been read
+    sync();  // the last rows have been read
     unsigned char* row = scratch + thread.first_row % 8 * problem.cols;
 #pragma unroll
     for (int word = 0; word < (cols + 31) / 32; ++word) {
       const bool is_half_word = word == Order::words;
       uint32_t fours[2];
       pack_word<cols, outputs, Storage::int8, clamp>(fours, y, scale, word, half, thread.quad_lane);
-      const int first = is_half_word ? Order::half_word_column(thread.quad_lane)
-                                     : Order::word_column(word, thread.quad_lane);
+      const int first =
+          thread.first_col + (is_half_word ? Order::half_word_column(thread.quad_lane)
+                                           : Order::word_column(word, thread.quad_lane));
 #pragma unroll
       for (int part = 0; part < (is_half_word ? 1 : 2); ++part) {
         const int col = first + 4 * part;
@@ -435,25 +442,25 @@ __device__ __forceinline__ void store_codes_of_any_cols(const float (&y)[cols / 
         }
       }
     }
-    __syncwarp();
+    sync();
     const int first_row = thread.first_row - thread.first_row % 8 + 8 * half;
     const int rows = problem.rows - first_row < 8 ? problem.rows - first_row : 8;
     const int count = rows * problem.cols;  // negative where all rows are padding
     const int64_t first_feature = token * features + first_row * problem.cols;
     if (problem.storage == Storage::int32) {
       auto* words = static_cast<uint32_t*>(all_codes) + first_feature / 8;
-      for (int i = lane; i < count / 8; i += 32) {
+      for (int i = team.thread; i < count / 8; i += team.threads) {
         const uint2 eight = reinterpret_cast<const uint2*>(scratch)[i];
         words[i] = narrow_codes(eight.x) | narrow_codes(eight.y) << 16;
       }
     } else {
       auto* codes = static_cast<unsigned char*>(all_codes) + first_feature;
       if (features % 4 == 0) {
-        for (int i = lane; i < count / 4; i += 32) {
+        for (int i = team.thread; i < count / 4; i += team.threads) {
           reinterpret_cast<uint32_t*>(codes)[i] = reinterpret_cast<const uint32_t*>(scratch)[i];
         }
       } else {
-        for (int i = lane; i < count; i += 32) codes[i] = scratch[i];
+        for (int i = team.thread; i < count; i += team.threads) codes[i] = scratch[i];
       }
     }
   }
@@ -471,16 +478,17 @@ __device__ __forceinline__ void store_transformed(const float (&y)[cols / 2],
   for (int half = 0; half < 2; ++half) {
     const int row = thread.first_row + 8 * half;
     if (row >= problem.rows) continue;
-    const int64_t first = (static_cast<int64_t>(token) * problem.rows + row) * problem.cols;
+    const int64_t first =
+        (static_cast<int64_t>(token) * problem.rows + row) * problem.cols + thread.first_col;
     // Positions 4 * block + .. of `size` neighbouring columns from `col` on.
     const auto store = [&](auto size, int block, int col) {
       float values[size()];
 #pragma unroll
       for (int i = 0; i < size(); ++i) values[i] = y[4 * (block + i / 2) + 2 * half + i % 2];
       store_values(problem.transformed_dtype, problem.transformed, first + col, values,
-                   problem.cols - col);
+                   problem.cols - thread.first_col - col);
     };
-    if constexpr (outputs == Outputs::left_only) {
+    if constexpr (!is_ordered(outputs)) {
 #pragma unroll
       for (int block = 0; block < cols / 8; ++block) {
         store(std::integral_constant<int, 2>(), block, 8 * block + 2 * thread.quad_lane);

@@ -42,7 +42,8 @@ int check_sm80() {
     for (int rows = 1; rows <= max_size; ++rows) {
       for (int cols = 1; cols <= max_size; ++cols, ++plans) {
         const Plan plan(rows, cols, limit * 1024);
-        const int plan_rows = plan.passes * plan.warps * 16 * row_tiles(plan.cols, plan.streamed);
+        const int plan_rows =
+            plan.passes * plan.warps / parts(plan.cols, plan.streamed) * warp_rows;
         const bool fits = plan.shared_bytes <= limit * 1024 &&
                           plan.threads() <= 32 * max_warps(plan.cols, plan.streamed) &&
                           plan.stages >= (plan.streamed ? 2 : 1);

@@ -42,7 +42,7 @@ __device__ __forceinline__ void cp_async(void* shared, const void* global, bool 
 __device__ __forceinline__ void cp_async_commit() { cute::cp_async_fence(); }
 
 // Returns once no more than the `pending` newest of the groups that this thread has committed are
-// in flight; of more than seven it waits for those before the newest seven.
+// in flight; of more than three it waits for those before the newest three.
 __device__ __forceinline__ void cp_async_wait(int pending) {
   switch (pending) {
     case 0:
@@ -51,16 +51,8 @@ __device__ __forceinline__ void cp_async_wait(int pending) {
       return cute::cp_async_wait<1>();
     case 2:
       return cute::cp_async_wait<2>();
-    case 3:
-      return cute::cp_async_wait<3>();
-    case 4:
-      return cute::cp_async_wait<4>();
-    case 5:
-      return cute::cp_async_wait<5>();
-    case 6:
-      return cute::cp_async_wait<6>();
     default:
-      return cute::cp_async_wait<7>();
+      return cute::cp_async_wait<3>();
   }
 }
 

@@ -15,41 +15,51 @@ constexpr int round_up(int value, int multiple) {
 
 // What Y's columns are padded to, a kernel each; a problem goes to the smallest that holds it.
 // resident: both factors stay in shared memory. streamed: for factors that do not fit there.
-inline constexpr int resident_cols[] = {16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224};
+inline constexpr int resident_cols[] = {16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224};
 inline constexpr int streamed_cols[] = {64, 128, 160, 192, 224, 256};
 
-// 16-row tiles of a warp. With two, each fragment of B is read from shared memory for twice the
-// arithmetic; Y then takes a thread `cols` registers, W as A fragments cols / 2.
-constexpr int row_tiles(int cols, bool streamed) { return cols <= 128 && !streamed ? 2 : 1; }
+// A warp computes 32 rows, two tiles of the instruction, so that each fragment of B is read from
+// shared memory for twice the arithmetic; and all columns, or a part of them where Y in registers
+// would be too much.
+constexpr int warp_rows = 32;
+constexpr int parts(int cols, bool streamed) {
+  return cols > 224 ? 4 : cols > (streamed ? 64 : 128) ? 2 : 1;
+}
+
+// W goes from a product to the next in registers, as A fragments, or through shared memory: where
+// each of a row's parts needs all of it, and where slices of right would not find it in registers.
+constexpr bool shares_w(int cols, bool streamed) { return streamed || parts(cols, streamed) > 1; }
 
 // Warps of a block, one block to an SM: each of the SM's four partitions has 512 registers for a
-// lane of its warps, and a thread needs 3/4 * cols * row_tiles for Y and W and some 40 others.
+// lane of its warps, and a thread needs one for each of its columns for Y, half as many for W where
+// that is not shared, and some 50 others.
 constexpr int max_warps(int cols, bool streamed) {
-  const int needed = cols * row_tiles(cols, streamed) * 3 / 4;
-  return needed <= 84 ? 16 : needed <= 144 ? 12 : 8;
+  const int warp_cols = cols / parts(cols, streamed);
+  const int needed = 48 + (shares_w(cols, streamed) ? warp_cols : warp_cols * 3 / 2);
+  return needed <= 128 ? 16 : needed <= 168 ? 12 : 8;
 }
 
 // Rows of shared memory are 16 bytes longer than a multiple of 32: eight of them, which one
 // ldmatrix reads, then start in different banks.
 constexpr int pitch(int cols) { return cols + 8; }
 
-constexpr int max_stages = 8;
-constexpr int slice_rows = 32;  // of a streamed factor or token
+constexpr int max_stages = 4;
 
 // How a problem runs on a device. Offsets and bytes are of shared memory, in this order: extremes
-// for each warp, scratch for each warp, then for the resident kernel left, right and the ring of
-// stages, one token each; for the streamed one the ring of slices.
+// for each warp, scratch for each 32 rows, then for the resident kernel left, right and the ring of
+// stages, one token each; for the streamed one W and the ring of slices.
 struct Plan {
   int cols;  // of the kernel
   bool streamed;
-  int warps;       // of a token; each has row_tiles tiles
+  int warps;       // of a token
   int groups = 1;  // tokens that a block works on at once
   int passes = 1;  // in which `warps` go over the token's rows
   int stages = 0;  // of each group
-  int left_cols;   // what left's columns, W's rows, are padded to
+  int pass_rows;   // what a pass computes of W and Y
   int left_pitch;
-  int scratch_bytes;  // of a warp
-  int left_offset = 0, right_offset = 0;
+  int scratch_bytes;  // of 32 rows
+  int left_offset = 0, right_offset = 0, w_offset = 0;
+  int slice_rows = 0;  // of a streamed factor or token
   int ring_offset = 0, stage_bytes = 0;
   int shared_bytes = 0;
 
@@ -59,7 +69,7 @@ struct Plan {
     if (cols != 0) fit_resident(rows, shared_limit);
     if (stages == 0) {
       *this = Plan(rows, n, true);
-      fit_streamed(shared_limit);
+      while (!fits_streamed(shared_limit) && pass_rows > warp_rows) divide(rows, passes + 1);
     }
   }
 
@@ -67,22 +77,30 @@ struct Plan {
 
  private:
   constexpr Plan(int rows, int n, bool is_streamed)
-      : cols(0), streamed(is_streamed), warps(0), left_cols(0), left_pitch(0), scratch_bytes(0) {
+      : cols(0), streamed(is_streamed), warps(0), pass_rows(0), left_pitch(0), scratch_bytes(0) {
     if (streamed) {
       for (const int c : streamed_cols) cols = cols == 0 && c >= n ? c : cols;
     } else {
       for (const int c : resident_cols) cols = cols == 0 && c >= n ? c : cols;
     }
     if (cols == 0) return;
-    const int warp_rows = 16 * row_tiles(cols, streamed);
-    const int most = max_warps(cols, streamed);
+    scratch_bytes = n % 8 != 0 ? 8 * cols : 0;
+    divide(rows, 1);
+  }
+
+  // In as few passes as registers allow, but no fewer than `least`.
+  constexpr void divide(int rows, int least) {
+    const int most = max_warps(cols, streamed) / parts(cols, streamed);  // times 32 rows
     const int blocks = round_up(rows, warp_rows) / warp_rows;
     passes = round_up(blocks, most) / most;
-    warps = round_up(blocks, passes) / passes;
-    left_cols = passes * warps * warp_rows;
-    left_pitch = pitch(left_cols);
-    scratch_bytes = n % 8 != 0 ? 8 * cols : 0;
+    if (passes < least) passes = least;
+    const int pass_blocks = round_up(blocks, passes) / passes;
+    warps = pass_blocks * parts(cols, streamed);
+    pass_rows = pass_blocks * warp_rows;
+    left_pitch = pitch(pass_rows);
   }
+
+  constexpr int all_scratch_bytes() const { return groups * (pass_rows / 32) * scratch_bytes; }
 
   // As many groups as registers allow. Two stages each, if no more than a third of the groups have
   // to go for that, else one. Leaves stages = 0 where nothing fits.
@@ -91,9 +109,12 @@ struct Plan {
     const int depth = round_up(rows, 16);
     const int most = max_warps(cols, false) / warps;
     stage_bytes = depth * pitch(cols) * 2;
+    if (shares_w(cols, false) && pass_rows * cols * 2 > stage_bytes) {
+      stage_bytes = pass_rows * cols * 2;  // W takes the token's place
+    }
     for (int wanted = 2; wanted >= 1; --wanted) {
       for (groups = most; groups >= 1 && (wanted == 1 || 3 * groups >= 2 * most); --groups) {
-        left_offset = scratch_offset + groups * warps * scratch_bytes;
+        left_offset = scratch_offset + all_scratch_bytes();
         right_offset = left_offset + depth * left_pitch * 2;
         ring_offset = right_offset + cols * pitch(cols) * 2;
         const int fitting = (shared_limit - ring_offset) / stage_bytes / groups;
@@ -105,31 +126,39 @@ struct Plan {
     }
   }
 
-  constexpr void fit_streamed(int shared_limit) {
-    ring_offset = scratch_offset + warps * scratch_bytes;
-    stage_bytes = slice_rows * (left_pitch + pitch(cols)) * 2;
-    const int fitting = (shared_limit - ring_offset) / stage_bytes;
-    stages = fitting < 4 ? fitting : 4;
-    shared_bytes = ring_offset + stages * stage_bytes;
+  // Three slices of 32 rows, each with half the barriers, or at least two of 16.
+  constexpr bool fits_streamed(int shared_limit) {
+    w_offset = scratch_offset + all_scratch_bytes();
+    ring_offset = w_offset + pass_rows * cols * 2;
+    for (slice_rows = 32;; slice_rows = 16) {
+      stage_bytes = slice_rows * (left_pitch + pitch(cols)) * 2;
+      const int fitting = (shared_limit - ring_offset) / stage_bytes;
+      stages = fitting < max_stages ? fitting : max_stages;
+      shared_bytes = ring_offset + stages * stage_bytes;
+      if (stages >= 3) return true;
+      if (slice_rows == 16) return stages >= 2;
+    }
   }
 };
 
-// The largest problem streams in two stages even with the 99 KiB of sm_86, sm_89 and sm_120.
-static_assert(Plan(max_size, max_size - 1, 99 * 1024).stages >= 2);
+// The largest problem streams in two passes even with the 99 KiB of sm_86, sm_89 and sm_120.
+static_assert(Plan(max_size, max_size - 1, 99 * 1024).passes == 2);
 
-template <class Element_, int cols_, bool streamed>
+template <class Element_, int cols_, bool streamed_>
 struct Config {
   using Element = Element_;
   static constexpr int cols = cols_;
-  static constexpr int row_tiles = sm80::row_tiles(cols, streamed);
-  static constexpr int warp_rows = 16 * row_tiles;
+  static constexpr bool streamed = streamed_;
+  static constexpr int parts = sm80::parts(cols, streamed);
+  static constexpr int warp_cols = cols / parts;
+  static constexpr bool shares_w = sm80::shares_w(cols, streamed);
   static constexpr int pitch = sm80::pitch(cols);
-  // Neighbouring threads that copy a row of a token in units of 16 bytes: a power of two.
-  static constexpr int row_lanes = cols <= 16    ? 2
-                                   : cols <= 32  ? 4
-                                   : cols <= 64  ? 8
-                                   : cols <= 128 ? 16
-                                                 : 32;
+  // Neighbouring threads that copy a row of what one warp copies in units of 16 bytes: a power of
+  // two.
+  static constexpr int row_lanes = warp_cols <= 16   ? 2
+                                   : warp_cols <= 32 ? 4
+                                   : warp_cols <= 64 ? 8
+                                                     : 16;
   static constexpr int max_threads = max_warps(cols, streamed) * 32;
 };
 

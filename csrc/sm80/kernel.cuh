@@ -1,19 +1,19 @@
 // The kernels for Ampere and later, on mma.sync. For each token X (rows x cols) two chained
 // products:
 //   W = left^T @ X    A = left^T, B = X as it lies, W rounded to the input's dtype
-//   Y = W @ right     A = W (registers: an accumulator fragment is an A fragment), B = right
-// A warp computes 16 or 32 rows of W and Y for all columns, so a token takes a group of warps, and
-// a token of at most 32 rows a single one. The epilogue reduces the extremes of Y over the group,
-// then quantises the accumulators, for one output after the other; the token is read once and its
-// codes are written once. Without a left factor the identity is staged, as W is then X to the bit;
-// without a right one W is Y, and lanes exchange codes instead.
+//   Y = W @ right     A = W (an accumulator fragment is an A fragment), B = right
+// A warp computes 32 rows of W and Y for all columns or, above 128 of them, for half; then each of
+// the two needs all of W's columns, which goes through shared memory in place of X. A token takes a
+// group of warps, a single one if it is small. The epilogue reduces the extremes of Y over the
+// group, then quantises the accumulators, for one output after the other; the token is read once
+// and its codes are written once. Without a left factor the identity is staged, as W is then X to
+// the bit; without a right one W is Y, and lanes exchange codes instead.
 // resident_kernel: the factors stay in shared memory; a block is groups that work on different
 // tokens, each with a ring of stages that it fills itself by cp.async.
 // streamed_kernel: for factors that do not fit; the block works on one token and takes left, X and
-// right from a ring of slices of 32 rows, out of L2. Tokens of more rows than the registers can
+// right from a ring of slices of some rows, out of L2. Tokens of more rows than the registers can
 // hold go in passes: all but the last are computed a second time, once the extremes are known.
-// Bound by memory, by shared memory's bandwidth (a B fragment is read for 16 or 32 rows), or by
-// tensor cores where rows + cols is large.
+// Bound by memory, by the instructions of a token, or by tensor cores where rows + cols is large.
 #pragma once
 
 #include "fragment.cuh"
@@ -34,14 +34,20 @@ __device__ __forceinline__ int copy_unit(const void* pointer, int cols, int64_t 
   return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : 2;
 }
 
+// Calls use(unit), an integral_constant; `unit` is at most `largest`.
+template <int largest, class Use>
+__device__ __forceinline__ void with_unit(int unit, Use use) {
+  if (unit == largest) {
+    use(std::integral_constant<int, largest>());
+  } else if constexpr (largest > 2) {
+    with_unit<largest / 2>(unit, use);
+  }
+}
+
 struct Extent {
   int rows, cols;
 };
 
-// Threads that copy together.
-struct Team {
-  int thread, threads;
-};
 __device__ __forceinline__ Team block_team() {
   return {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
 }
@@ -49,91 +55,120 @@ __device__ __forceinline__ Team block_team() {
 struct InPlace {
   __device__ int operator()(int col) const { return col; }
 };
-// Keeps only pairs of columns together.
-template <int cols>
+// The order of each part of the columns; keeps only pairs of them together.
+template <int warp_cols>
 struct Ordered {
-  __device__ int operator()(int col) const { return ColumnOrder<cols>::position(col); }
+  __device__ int operator()(int col) const {
+    return col / warp_cols * warp_cols + ColumnOrder<warp_cols>::position(col % warp_cols);
+  }
 };
 
+// `unit` bytes, zeros unless `inside`. Asynchronous but for 2 bytes.
+template <int unit, class Element>
+__device__ __forceinline__ void copy_units(Element* shared, const Element* global, bool inside) {
+  if constexpr (unit == 2) {
+    *shared = inside ? *global : Element(0.0f);
+  } else {
+    cp_async<unit>(shared, global, inside);
+  }
+}
+
 // Rows of a matrix to shared memory, padded with zeros from `inside` to `padded`; column col goes
-// to position(col). `lanes` neighbouring threads take a row. Asynchronous but for units of 2 bytes.
-template <int lanes, class Element, class Position>
-__device__ __forceinline__ void copy_matrix(int unit, Element* shared, int pitch,
-                                            const Element* global, Extent inside, Extent padded,
+// to position(col). 32 neighbouring threads take a row.
+template <int unit, class Element, class Position>
+__device__ __forceinline__ void copy_matrix(Element* shared, int pitch, const Element* global,
+                                            int global_pitch, Extent inside, Extent padded,
                                             Team team, Position position) {
-  const int first_row = team.thread / lanes, row_step = team.threads / lanes;
+  const int first_row = team.thread / 32, row_step = team.threads / 32;
 #pragma unroll 1
-  for (int col = team.thread % lanes * (unit / 2); col < padded.cols; col += lanes * (unit / 2)) {
-    const Element* from = global + first_row * inside.cols + col;
+  for (int col = team.thread % 32 * (unit / 2); col < padded.cols; col += 32 * (unit / 2)) {
+    const Element* from = global + first_row * global_pitch + col;
     Element* to = shared + first_row * pitch + position(col);
     const int rows_inside = col < inside.cols ? inside.rows : 0;
 #pragma unroll 4
     for (int row = first_row; row < padded.rows; row += row_step) {
-      const bool is_inside = row < rows_inside;
-      if (unit == 16) {
-        cp_async<16>(to, from, is_inside);
-      } else if (unit == 8) {
-        cp_async<8>(to, from, is_inside);
-      } else if (unit == 4) {
-        cp_async<4>(to, from, is_inside);
-      } else {
-        *to = is_inside ? *from : Element(0.0f);
-      }
-      from += row_step * inside.cols;
+      copy_units<unit>(to, from, row < rows_inside);
+      from += row_step * global_pitch;
       to += row_step * pitch;
     }
   }
 }
 
-// Rows of the left factor from `first_row` on, padded likewise, by the block; rows of the identity
-// if it is not there.
+// `padded.rows` rows of the left factor from `first_row` on, of each the columns from `first_col`
+// on; those of the identity if it is not there.
 template <class Element>
 __device__ __forceinline__ void copy_left(int unit, Element* shared, int pitch,
-                                          const Problem& problem, int first_row, Extent padded) {
-  const Team team = block_team();
+                                          const Problem& problem, int first_row, int first_col,
+                                          Extent padded, Team team) {
+  const int size = problem.rows;
   if (problem.left != nullptr) {
-    copy_matrix<32>(unit, shared, pitch,
-                    static_cast<const Element*>(problem.left) + first_row * problem.rows,
-                    {problem.rows - first_row, problem.rows}, padded, team, InPlace());
+    const auto* left = static_cast<const Element*>(problem.left) + first_row * size + first_col;
+    with_unit<16>(unit, [&](auto fixed_unit) {
+      copy_matrix<fixed_unit()>(shared, pitch, left, size, {size - first_row, size - first_col},
+                                padded, team, InPlace());
+    });
     return;
   }
 #pragma unroll 1
   for (int pair = team.thread; pair < padded.rows * padded.cols / 2; pair += team.threads) {
     const int row = pair / (padded.cols / 2), col = pair % (padded.cols / 2) * 2;
-    const int one = first_row + row;
+    const int one = first_row + row - first_col;
     *reinterpret_cast<uint32_t*>(shared + row * pitch + col) =
         pack_pair(Element(), col == one ? 1.0f : 0.0f, col + 1 == one ? 1.0f : 0.0f);
   }
 }
 
-// A token, padded with zeros to (depth, cols).
-template <class Config, class Element>
-__device__ __forceinline__ void copy_token(int unit, Element* shared, const Element* token,
-                                           Extent inside, int depth, Team team) {
-  const auto copy = [&](int fixed_unit) {
-    copy_matrix<Config::row_lanes>(fixed_unit, shared, Config::pitch, token, inside,
-                                   {depth, Config::cols}, team, InPlace());
-  };
-  // With its unit known the usual copy is shorter.
-  if (unit == 16) {
-    copy(16);
-  } else {
-    copy(unit);
+// What a warp computes of a token's W and Y: the first of its 32 rows and of its columns.
+template <class Config>
+struct WarpTile {
+  int row, col;
+
+  __device__ explicit WarpTile(int warp, int first_row = 0)
+      : row(first_row + warp / Config::parts * warp_rows),
+        col(warp % Config::parts * Config::warp_cols) {}
+};
+
+// The warp's tile of a token, padded with zeros up to row `depth` and to all its columns.
+template <class Config, int unit, class Element>
+__device__ __forceinline__ void copy_tile(Element* shared, const Element* token,
+                                          const Problem& problem, WarpTile<Config> tile,
+                                          int depth) {
+  constexpr int lanes = Config::row_lanes, row_step = 32 / lanes;
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int first = 0; first < Config::warp_cols; first += lanes * (unit / 2)) {
+    const int col = tile.col + first + lane % lanes * (unit / 2);
+    if (first + lane % lanes * (unit / 2) >= Config::warp_cols) continue;
+    const int row = tile.row + lane / lanes;
+    const int rows_inside = col < problem.cols ? problem.rows - row : 0;
+    const Element* from = token + row * problem.cols + col;
+    Element* const to = shared + row * Config::pitch + col;
+#pragma unroll
+    for (int half = 0; half < warp_rows; half += 16) {
+      if (tile.row + half >= depth) break;
+#pragma unroll
+      for (int i = half; i < half + 16; i += row_step) {
+        copy_units<unit>(to + i * Config::pitch, from, i < rows_inside);
+        from += row_step * problem.cols;
+      }
+    }
   }
 }
 
 // --- products ---
 
+constexpr int row_tiles = warp_rows / 16;
+
 // Accumulators of a warp's rows, a tile of 16 rows after the other (see fragment.cuh).
 template <class Config>
-using Accumulators = float[Config::row_tiles][Config::cols / 2];
+using Accumulators = float[row_tiles][Config::warp_cols / 2];
 
 template <class Config>
 __device__ __forceinline__ void clear(Accumulators<Config>& accumulators) {
 #pragma unroll
-  for (int tile = 0; tile < Config::row_tiles; ++tile) {
+  for (int tile = 0; tile < row_tiles; ++tile) {
 #pragma unroll
-    for (int i = 0; i < Config::cols / 2; ++i) accumulators[tile][i] = 0.0f;
+    for (int i = 0; i < Config::warp_cols / 2; ++i) accumulators[tile][i] = 0.0f;
   }
 }
 
@@ -149,93 +184,142 @@ __device__ __forceinline__ int a_offset(int pitch) {
   return (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 8;
 }
 
-// accumulators += a @ b for 16 values of k.
+// The A fragments of 16 values of k, a tile after the other.
+using AFragments = uint32_t[row_tiles][4];
+
+// Of left^T; `left` is at this lane's offset.
+template <class Element>
+__device__ __forceinline__ void load_left(AFragments& a, const Element* left) {
+#pragma unroll
+  for (int tile = 0; tile < row_tiles; ++tile) ldmatrix_transposed(a[tile], left + 16 * tile);
+}
+
+// Of a warp's columns k to k + 15 of W.
 template <class Config>
-__device__ __forceinline__ void multiply(Accumulators<Config>& accumulators,
-                                         const uint32_t* const (&a)[Config::row_tiles],
+__device__ __forceinline__ void round_w(AFragments& a, const Accumulators<Config>& w, int k) {
+#pragma unroll
+  for (int tile = 0; tile < row_tiles; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* pair = &w[tile][k / 2 + 2 * i];
+      a[tile][i] = pack_pair(typename Config::Element(), pair[0], pair[1]);
+    }
+  }
+}
+
+// W of a pass in shared memory, as each lane's part of the A fragments that all warps of the same
+// rows need.
+template <class Config>
+class SharedW {
+ public:
+  __device__ SharedW(void* shared, WarpTile<Config> tile, int first_row)
+      : fragments_(static_cast<uint4*>(shared) +
+                   (tile.row - first_row) / 16 * (Config::cols / 16) * 32 + threadIdx.x % 32),
+        first_step_(tile.col / 16) {}
+
+  // All of this warp's columns.
+  __device__ __forceinline__ void store(const Accumulators<Config>& w) const {
+#pragma unroll
+    for (int k = 0; k < Config::warp_cols; k += 16) {
+      AFragments a;
+      round_w<Config>(a, w, k);
+#pragma unroll
+      for (int tile = 0; tile < row_tiles; ++tile) {
+        fragments_[((first_step_ + k / 16) * row_tiles + tile) * 32] =
+            make_uint4(a[tile][0], a[tile][1], a[tile][2], a[tile][3]);
+      }
+    }
+  }
+  // Columns k to k + 15.
+  __device__ __forceinline__ void load(AFragments& a, int k) const {
+#pragma unroll
+    for (int tile = 0; tile < row_tiles; ++tile) {
+      const uint4 fragment = fragments_[(k / 16 * row_tiles + tile) * 32];
+      a[tile][0] = fragment.x;
+      a[tile][1] = fragment.y;
+      a[tile][2] = fragment.z;
+      a[tile][3] = fragment.w;
+    }
+  }
+
+ private:
+  uint4* fragments_;
+  int first_step_;
+};
+
+// accumulators += a @ b for 16 values of k; `b` is at this lane's offset.
+template <class Config>
+__device__ __forceinline__ void multiply(Accumulators<Config>& accumulators, const AFragments& a,
                                          const typename Config::Element* b) {
 #pragma unroll
-  for (int col = 0; col < Config::cols; col += 16) {
+  for (int col = 0; col < Config::warp_cols; col += 16) {
     uint32_t fragments[4];
     ldmatrix_transposed(fragments, b + col);
 #pragma unroll
-    for (int tile = 0; tile < Config::row_tiles; ++tile) {
+    for (int tile = 0; tile < row_tiles; ++tile) {
       mma<typename Config::Element>(&accumulators[tile][col / 2], a[tile], fragments);
       mma<typename Config::Element>(&accumulators[tile][col / 2 + 4], a[tile], fragments + 2);
     }
   }
 }
 
-// w += left^T @ token for `depth` values of k, a multiple of 16; left and token are at this lane's
-// offsets.
-template <class Config>
-__device__ __forceinline__ void first_product(Accumulators<Config>& w,
-                                              const typename Config::Element* left, int left_pitch,
-                                              const typename Config::Element* token, int depth) {
+// d = a @ b for `depth` values of k, a multiple of 16; load_a(a, k) gives the fragments.
+template <class Config, class LoadA>
+__device__ __forceinline__ void product(Accumulators<Config>& d, int depth, LoadA load_a,
+                                        const typename Config::Element* b) {
+  const auto step = [&](int k) {
+    AFragments a;
+    load_a(a, k);
+    multiply<Config>(d, a, b + k * Config::pitch);
+  };
+  // Apart from the others the first needs no accumulators that are zero.
+  clear<Config>(d);
+  step(0);
 #pragma unroll 1
-  for (int k = 0; k < depth; k += 16) {
-    uint32_t a[Config::row_tiles][4];
-    const uint32_t* pointers[Config::row_tiles];
+  for (int k = 16; k < depth; k += 16) step(k);
+}
+
+// y = W @ right, with W in this warp's registers. Calls in_between() where least is held in them.
+template <class Config, class Between>
+__device__ __forceinline__ void product_of_registers(Accumulators<Config>& y,
+                                                     const Accumulators<Config>& w,
+                                                     Between in_between,
+                                                     const typename Config::Element* right) {
+  AFragments a[Config::cols / 16];
 #pragma unroll
-    for (int tile = 0; tile < Config::row_tiles; ++tile) {
-      ldmatrix_transposed(a[tile], left + 16 * tile);
-      pointers[tile] = a[tile];
-    }
-    multiply<Config>(w, pointers, token);
-    left += 16 * left_pitch;
-    token += 16 * Config::pitch;
+  for (int k = 0; k < Config::cols; k += 16) round_w<Config>(a[k / 16], w, k);
+  in_between();
+  clear<Config>(y);
+#pragma unroll
+  for (int k = 0; k < Config::cols; k += 16) {
+    multiply<Config>(y, a[k / 16], right + k * Config::pitch);
   }
 }
 
-// Y from W; right_rows(k) is rows k to k + 15 of right, at this lane's offset, for each k in turn.
-// Calls in_between() where least is held in registers.
-template <class Config, Outputs outputs, class Between, class RightRows>
-__device__ __forceinline__ void second_product(Accumulators<Config>& y,
-                                               const Accumulators<Config>& w, Between in_between,
-                                               RightRows right_rows) {
-  if constexpr (outputs == Outputs::left_only) {
+template <class Config>
+__device__ __forceinline__ void copy(Accumulators<Config>& to, const Accumulators<Config>& from) {
 #pragma unroll
-    for (int tile = 0; tile < Config::row_tiles; ++tile) {
+  for (int tile = 0; tile < row_tiles; ++tile) {
 #pragma unroll
-      for (int i = 0; i < Config::cols / 2; ++i) y[tile][i] = w[tile][i];
-    }
-    in_between();
-  } else {
-    uint32_t a[Config::row_tiles][Config::cols / 4];  // W as A fragments
-#pragma unroll
-    for (int tile = 0; tile < Config::row_tiles; ++tile) {
-#pragma unroll
-      for (int i = 0; i < Config::cols / 4; ++i) {
-        a[tile][i] = pack_pair(typename Config::Element(), w[tile][2 * i], w[tile][2 * i + 1]);
-      }
-    }
-    in_between();
-    clear<Config>(y);
-#pragma unroll
-    for (int k = 0; k < Config::cols; k += 16) {
-      const uint32_t* pointers[Config::row_tiles];
-#pragma unroll
-      for (int tile = 0; tile < Config::row_tiles; ++tile) pointers[tile] = &a[tile][k / 4];
-      multiply<Config>(y, pointers, right_rows(k));
-    }
+    for (int i = 0; i < Config::warp_cols / 2; ++i) to[tile][i] = from[tile][i];
   }
 }
 
 // --- epilogue ---
 
-// This thread's rows of a warp's, the first of which is `row`.
-__device__ __forceinline__ ThreadRows thread_rows(int row) {
+// This thread's rows of one of the 16-row tiles of a warp's.
+template <class Config>
+__device__ __forceinline__ ThreadRows thread_rows(WarpTile<Config> tile, int row_tile) {
   const int lane = opaque(static_cast<int>(threadIdx.x % 32));
-  return {row + lane / 4, lane % 4};
+  return {tile.row + 16 * row_tile + lane / 4, lane % 4, Config::parts == 1 ? 0 : tile.col};
 }
 
 template <class Config, Outputs outputs>
 __device__ void exact_transform(Accumulators<Config>& y, const Problem& problem, int64_t token,
-                                int row) {
+                                WarpTile<Config> tile) {
 #pragma unroll
-  for (int tile = 0; tile < Config::row_tiles; ++tile) {
-    exact_transform<typename Config::Element, outputs>(y[tile], problem, token,
-                                                       thread_rows(row + 16 * tile));
+  for (int i = 0; i < row_tiles; ++i) {
+    exact_transform<typename Config::Element, outputs>(y[i], problem, token, thread_rows(tile, i));
   }
 }
 
@@ -250,9 +334,6 @@ struct Group {
         warps(group_warps),
         warp(warp_uniform(threadIdx.x / 32 - index * group_warps)) {}
 
-  __device__ Team team() const {
-    return {32 * warp + static_cast<int>(threadIdx.x % 32), 32 * warps};
-  }
   __device__ void sync() const {
     if (warps == 1) {
       __syncwarp();
@@ -265,7 +346,8 @@ struct Group {
 template <class Config, class Reduced>
 __device__ __forceinline__ Reduced reduce_tiles(const Accumulators<Config>& y) {
   Reduced result = reduce<Reduced>(y[0]);
-  if constexpr (Config::row_tiles == 2) result.include(reduce<Reduced>(y[1]));
+#pragma unroll
+  for (int i = 1; i < row_tiles; ++i) result.include(reduce<Reduced>(y[i]));
   return result;
 }
 
@@ -273,13 +355,15 @@ __device__ __forceinline__ Reduced reduce_tiles(const Accumulators<Config>& y) {
 // after the group's next barrier.
 template <class Reduced>
 __device__ __forceinline__ Reduced reduce_group(Reduced own, Reduced* all, const Group& group) {
+  const int lane = threadIdx.x % 32;
   Reduced result = warp_reduce(own);
-  if (group.warps > 1 && threadIdx.x % 32 == 0) all[group.warp] = result;
-  group.sync();
-  if (group.warps > 1) {
-    for (int warp = 0; warp < group.warps; ++warp) result.include(all[warp]);
+  if (group.warps == 1) {
+    __syncwarp();
+    return result;
   }
-  return result;
+  if (lane == 0) all[group.warp] = result;
+  group.sync();
+  return warp_reduce(all[lane < group.warps ? lane : 0]);
 }
 
 template <class Reduced>
@@ -287,45 +371,63 @@ __device__ __forceinline__ bool is_finite(const Reduced& reduced) {
   return reduced.magnitude() < INFINITY;
 }
 
-// Codes of a warp's rows, the first of which is `row`.
+// Codes of a warp's tile; `scratch` is that of the warps of the same rows.
 template <class Config, Outputs outputs>
 __device__ __forceinline__ void store_codes(const Accumulators<Config>& y, const TokenScale& scale,
                                             const Problem& problem, void* codes, int64_t token,
-                                            int row, unsigned char* scratch) {
-  with_clamp<false>(scale, [&](auto clamp) {
+                                            WarpTile<Config> tile, unsigned char* scratch,
+                                            const Group& group) {
+  constexpr int cols = Config::warp_cols;
+  static_assert(Config::parts == 1 || cols % (8 * ColumnOrder<cols>::vector) == 0,
+                "both parts store vectors of words");
+  const auto for_tiles = [&](auto store_tile) {
 #pragma unroll
-    for (int tile = 0; tile < Config::row_tiles; ++tile) {
-      const ThreadRows rows = thread_rows(row + 16 * tile);
-      if (problem.cols % 8 != 0) {
-        store_codes_of_any_cols<Config::cols, outputs, clamp()>(y[tile], scale, problem, codes,
-                                                                token, rows, scratch);
-      } else if (problem.storage == Storage::int32) {
-        flatquant::store_codes<Config::cols, outputs, Storage::int32, clamp()>(
-            y[tile], scale, problem, codes, token, rows);
-      } else {
-        flatquant::store_codes<Config::cols, outputs, Storage::int8, clamp()>(
-            y[tile], scale, problem, codes, token, rows);
-      }
+    for (int i = 0; i < row_tiles; ++i) store_tile(y[i], thread_rows(tile, i));
+  };
+  with_clamp<false>(scale, [&](auto clamp) {
+    if (problem.cols % 8 != 0) {
+      const int thread = tile.col / cols * 32 + static_cast<int>(threadIdx.x % 32);
+      const auto sync = [&] {
+        if (Config::parts == 1) {
+          __syncwarp();
+        } else {
+          group.sync();
+        }
+      };
+      for_tiles([&](const auto& values, ThreadRows rows) {
+        store_codes_of_any_cols<cols, outputs, clamp()>(values, scale, problem, codes, token, rows,
+                                                        scratch, {thread, 32 * Config::parts},
+                                                        sync);
+      });
+    } else if (problem.storage == Storage::int32) {
+      for_tiles([&](const auto& values, ThreadRows rows) {
+        flatquant::store_codes<cols, outputs, Storage::int32, clamp()>(values, scale, problem,
+                                                                       codes, token, rows);
+      });
+    } else {
+      for_tiles([&](const auto& values, ThreadRows rows) {
+        flatquant::store_codes<cols, outputs, Storage::int8, clamp()>(values, scale, problem, codes,
+                                                                      token, rows);
+      });
     }
   });
 }
 
-// All that is stored of a warp's rows, the first of which is `row`; `ratios` of lane_output().
+// All that is stored of a warp's tile; `ratios` of lane_output().
 template <class Config, Outputs outputs>
 __device__ __forceinline__ void store(const Accumulators<Config>& y,
                                       const Reduced<outputs>& reduced, const Ratios& ratios,
-                                      const Problem& problem, int64_t token, int row,
-                                      unsigned char* scratch) {
+                                      const Problem& problem, int64_t token, WarpTile<Config> tile,
+                                      unsigned char* scratch, const Group& group) {
   store_token<outputs, false>(
-      problem, token, reduced, ratios, row == 0,
+      problem, token, reduced, ratios, tile.row == 0 && tile.col == 0,
       [&](void* codes, const TokenScale& scale) {
-        store_codes<Config, outputs>(y, scale, problem, codes, token, row, scratch);
+        store_codes<Config, outputs>(y, scale, problem, codes, token, tile, scratch, group);
       },
       [&] {
 #pragma unroll
-        for (int tile = 0; tile < Config::row_tiles; ++tile) {
-          store_transformed<Config::cols, outputs>(y[tile], problem, token,
-                                                   thread_rows(row + 16 * tile));
+        for (int i = 0; i < row_tiles; ++i) {
+          store_transformed<Config::warp_cols, outputs>(y[i], problem, token, thread_rows(tile, i));
         }
       });
 }
@@ -341,79 +443,100 @@ __global__ void __launch_bounds__(Config::max_threads, 1)
   auto* const left = reinterpret_cast<Element*>(memory + plan.left_offset);
   auto* const right = reinterpret_cast<Element*>(memory + plan.right_offset);
   const Group group(plan.warps);
-  auto* const ring = reinterpret_cast<Element*>(memory + plan.ring_offset +
-                                                group.index * plan.stages * plan.stage_bytes);
+  const WarpTile<Config> tile(group.warp);
+  unsigned char* const ring =
+      memory + plan.ring_offset + group.index * plan.stages * plan.stage_bytes;
   using Reduced = flatquant::Reduced<outputs>;
   Reduced* const all = reinterpret_cast<Reduced*>(memory) + group.index * plan.warps;
-  const int block_warp = group.index * plan.warps + group.warp;
-  unsigned char* const scratch = memory + Plan::scratch_offset + block_warp * plan.scratch_bytes;
+  const int row_block = (group.index * plan.pass_rows + tile.row) / warp_rows;
+  unsigned char* const scratch = memory + Plan::scratch_offset + row_block * plan.scratch_bytes;
 
   const int depth = round_up(problem.rows, 16);
   const auto* input = static_cast<const Element*>(problem.input);
   const int unit = copy_unit(input, problem.cols, problem.input_stride);
   // Starts the copy of a token, if there is one; a group of copies in any case, to be counted.
-  const auto load = [&](int stage, int64_t token) {
+  const auto load = [&](unsigned char* stage, int64_t token) {
     if (token < problem.tokens) {
-      copy_token<Config>(unit, ring + stage * (plan.stage_bytes / 2),
-                         input + token * problem.input_stride, {problem.rows, problem.cols}, depth,
-                         group.team());
+      with_unit<16>(unit, [&](auto fixed_unit) {
+        copy_tile<Config, fixed_unit()>(reinterpret_cast<Element*>(stage),
+                                        input + token * problem.input_stride, problem, tile, depth);
+      });
     }
     cp_async_commit();
   };
 
   // The factors are in the group of copies of the first token.
-  copy_left(copy_unit(problem.left, problem.rows, 0), left, plan.left_pitch, problem, 0,
-            {depth, plan.left_cols});
+  copy_left(copy_unit(problem.left, problem.rows, 0), left, plan.left_pitch, problem, 0, 0,
+            {depth, plan.pass_rows}, block_team());
   if (problem.right != nullptr) {
-    copy_matrix<32>(copy_unit(problem.right, problem.cols, 2), right, Config::pitch,
-                    static_cast<const Element*>(problem.right), {problem.cols, problem.cols},
-                    {Config::cols, Config::cols}, block_team(), Ordered<Config::cols>());
+    with_unit<4>(copy_unit(problem.right, problem.cols, 2), [&](auto fixed_unit) {
+      copy_matrix<fixed_unit()>(right, Config::pitch, static_cast<const Element*>(problem.right),
+                                problem.cols, {problem.cols, problem.cols},
+                                {Config::cols, Config::cols}, block_team(),
+                                Ordered<Config::warp_cols>());
+    });
   }
   // Neighbouring tokens go to different blocks, so that few tokens use many SMs.
   int64_t token = blockIdx.x + static_cast<int64_t>(group.index) * gridDim.x;
   const int64_t step = static_cast<int64_t>(plan.groups) * gridDim.x;
-  for (int stage = 0; stage < plan.stages; ++stage) load(stage, token + stage * step);
+  for (int i = 0; i < plan.stages; ++i) load(ring + i * plan.stage_bytes, token + i * step);
   cp_async_wait(plan.stages - 1);
   __syncthreads();
 
-  const int row = group.warp * Config::warp_rows;
-  const Element* const a = left + row + a_offset(plan.left_pitch);
-  const Element* const b = right + b_offset(Config::pitch);
+  // Opaque, as the compiler would compute them again for each token.
+  const int a = opaque(tile.row + a_offset(plan.left_pitch));
+  const int b = opaque(tile.col + b_offset(Config::pitch));
   const Ratios ratios(lane_output(problem));
-  int stage = 0;
+  unsigned char* stage = ring;
   for (; token < problem.tokens; token += step) {
     cp_async_wait(plan.stages - 1);
     group.sync();
     const int64_t next = token + plan.stages * step;
     Accumulators<Config> w, y;
-    clear<Config>(w);
-    first_product<Config>(w, a, plan.left_pitch,
-                          ring + stage * (plan.stage_bytes / 2) + b_offset(Config::pitch), depth);
-    // An only stage is filled again as early as possible; with more of them that waits for the
-    // barrier of the extremes.
-    const auto refill = [&] {
-      if (plan.stages != 1) return;
+    product<Config>(
+        w, depth,
+        [&](AFragments& fragments, int k) { load_left(fragments, left + a + k * plan.left_pitch); },
+        reinterpret_cast<const Element*>(stage) + b);
+    // An only stage is filled again as early as possible; with more of them, or if it takes W, that
+    // waits for the barrier of the extremes.
+    const bool refills_early = plan.stages == 1 && !Config::shares_w;
+    const auto refill_early = [&] {
+      if (!refills_early) return;
       group.sync();
       load(stage, next);
     };
-    second_product<Config, outputs>(y, w, refill, [&](int k) { return b + k * Config::pitch; });
+    if constexpr (outputs == Outputs::left_only) {
+      copy<Config>(y, w);
+      refill_early();
+    } else if constexpr (Config::shares_w) {
+      const SharedW<Config> shared_w(stage, tile, 0);
+      group.sync();  // X has been read
+      shared_w.store(w);
+      group.sync();
+      product<Config>(
+          y, Config::cols, [&](AFragments& fragments, int k) { shared_w.load(fragments, k); },
+          right + b);
+    } else {
+      product_of_registers<Config>(y, w, refill_early, right + b);
+    }
     Reduced reduced = reduce_group(reduce_tiles<Config, Reduced>(y), all, group);
-    if (plan.stages > 1) {
+    if (!refills_early) {
       load(stage, next);
-      stage = stage + 1 < plan.stages ? stage + 1 : 0;
+      stage += plan.stage_bytes;
+      if (stage == ring + plan.stages * plan.stage_bytes) stage = ring;
     }
     if (!is_finite(reduced)) {
-      exact_transform<Config, outputs>(y, problem, token, row);
+      exact_transform<Config, outputs>(y, problem, token, tile);
       group.sync();
       reduced = reduce_group(reduce_tiles<Config, Reduced>(y), all, group);
     }
-    store<Config, outputs>(y, reduced, ratios, problem, token, row, scratch);
+    store<Config, outputs>(y, reduced, ratios, problem, token, tile, scratch, group);
   }
 #endif
 }
 
-// The slices of a block in the order in which they are used: for each token, for each of its
-// `steps`, those of left and X, then those of right.
+// The slices of a block in the order in which they are used: for each token, for each step, which
+// is a pass over some of its rows, those of left and X, then those of right.
 struct SlicePosition {
   int64_t token = blockIdx.x;
   int step = 0, slice = 0;
@@ -427,7 +550,8 @@ struct SlicePosition {
   }
 };
 
-// The ring of slices, filled ahead of their use.
+// The ring of slices, filled ahead of their use; four warps fill a slice, as the instructions for
+// it are many, and take turns with the others.
 template <class Config>
 struct SliceRing {
   using Element = typename Config::Element;
@@ -438,6 +562,9 @@ struct SliceRing {
   const int input_unit, left_unit, right_unit;
   const int token_slices, right_slices;
   const int steps;
+  const Team team;  // of warps that fill a slice
+  const int teams;
+  int until_turn;        // slices until it is this team's turn; of warps in no team, never
   SlicePosition filled;  // the next to be filled
   int fill_stage = 0, use_stage = 0;
 
@@ -447,10 +574,13 @@ struct SliceRing {
         memory(ring),
         input_unit(copy_unit(problem.input, problem.cols, problem.input_stride)),
         left_unit(copy_unit(problem.left, problem.rows, 0)),
-        right_unit(copy_unit(problem.right, problem.cols, 2)),
-        token_slices(round_up(problem.rows, slice_rows) / slice_rows),
-        right_slices(problem.right ? round_up(Config::cols, slice_rows) / slice_rows : 0),
-        steps(2 * plan.passes - 1) {
+        right_unit(copy_unit(problem.right, problem.cols, 0)),
+        token_slices((problem.rows + plan.slice_rows - 1) / plan.slice_rows),
+        right_slices(problem.right ? (Config::cols + plan.slice_rows - 1) / plan.slice_rows : 0),
+        steps(2 * plan.passes - 1),
+        team{static_cast<int>(threadIdx.x) % 128, plan.warps < 4 ? 32 * plan.warps : 128},
+        teams(plan.warps < 4 ? 1 : plan.warps / 4),
+        until_turn(warp_uniform(threadIdx.x / 128)) {
     for (int i = 1; i < plan.stages; ++i) fill();
   }
 
@@ -458,27 +588,31 @@ struct SliceRing {
     return reinterpret_cast<Element*>(memory + stage * plan.stage_bytes);
   }
   // Of X or right, which have the same shape.
-  __device__ Element* other(int stage) const { return left(stage) + slice_rows * plan.left_pitch; }
+  __device__ Element* other(int stage) const {
+    return left(stage) + plan.slice_rows * plan.left_pitch;
+  }
 
   // Starts the copy of one slice, if there is one.
   __device__ __forceinline__ void fill() {
-    if (filled.token < problem.tokens) {
+    const bool is_turn = until_turn == 0;
+    until_turn = is_turn ? teams - 1 : until_turn < teams ? until_turn - 1 : until_turn;
+    if (is_turn && filled.token < problem.tokens) {
       const int cols = problem.cols;
-      if (filled.slice < token_slices) {
-        const int first = filled.slice * slice_rows, rows = problem.rows - first;
+      const bool is_right = filled.slice >= token_slices;
+      const int first = (is_right ? filled.slice - token_slices : filled.slice) * plan.slice_rows;
+      if (!is_right) {
+        const int pass = filled.step < plan.passes ? filled.step : steps - 1 - filled.step;
         copy_left(left_unit, left(fill_stage), plan.left_pitch, problem, first,
-                  {slice_rows, plan.left_cols});
-        copy_matrix<32>(input_unit, other(fill_stage), Config::pitch,
-                        static_cast<const Element*>(problem.input) +
-                            filled.token * problem.input_stride + first * cols,
-                        {rows, cols}, {slice_rows, Config::cols}, block_team(), InPlace());
-      } else {
-        const int first = (filled.slice - token_slices) * slice_rows;
-        copy_matrix<32>(right_unit, other(fill_stage), Config::pitch,
-                        static_cast<const Element*>(problem.right) + first * cols,
-                        {cols - first, cols}, {slice_rows, Config::cols}, block_team(),
-                        Ordered<Config::cols>());
+                  pass * plan.pass_rows, {plan.slice_rows, plan.pass_rows}, team);
       }
+      const void* from = is_right ? problem.right : problem.input;
+      const int64_t element = is_right ? 0 : filled.token * problem.input_stride;
+      with_unit<16>(is_right ? right_unit : input_unit, [&](auto unit) {
+        copy_matrix<unit()>(other(fill_stage), Config::pitch,
+                            static_cast<const Element*>(from) + element + first * cols, cols,
+                            {(is_right ? cols : problem.rows) - first, cols},
+                            {plan.slice_rows, Config::cols}, team, InPlace());
+      });
     }
     cp_async_commit();
     filled.advance(token_slices + right_slices, steps);
@@ -497,24 +631,41 @@ struct SliceRing {
   }
 };
 
-// Y of a warp's rows, the first of which is `row`.
+// Y of a warp's tile, of which `tile` holds the row counted from `pass_row`, the first of the pass.
 template <class Config, Outputs outputs>
 __device__ __forceinline__ void transform_slices(Accumulators<Config>& y, SliceRing<Config>& ring,
-                                                 const Plan& plan, int row) {
-  Accumulators<Config> w;
-  clear<Config>(w);
+                                                 const Plan& plan, WarpTile<Config> tile,
+                                                 int pass_row, void* shared) {
+  const int left_offset = tile.row - pass_row + a_offset(plan.left_pitch);
+  const int other_offset = tile.col + b_offset(Config::pitch);
+  clear<Config>(y);
 #pragma unroll 1
   for (int i = 0; i < ring.token_slices; ++i) {
     const int stage = ring.next();
-    first_product<Config>(w, ring.left(stage) + row + a_offset(plan.left_pitch), plan.left_pitch,
-                          ring.other(stage) + b_offset(Config::pitch), slice_rows);
+#pragma unroll 1
+    for (int k = 0; k < plan.slice_rows; k += 16) {
+      AFragments a;
+      load_left(a, ring.left(stage) + left_offset + k * plan.left_pitch);
+      multiply<Config>(y, a, ring.other(stage) + other_offset + k * Config::pitch);
+    }
   }
-  const typename Config::Element* slice = nullptr;
-  const auto nothing = [] {};
-  second_product<Config, outputs>(y, w, nothing, [&](int k) {
-    if (k % slice_rows == 0) slice = ring.other(ring.next()) + b_offset(Config::pitch);
-    return slice + k % slice_rows * Config::pitch;
-  });
+  if constexpr (outputs != Outputs::left_only) {
+    // W of the last pass has been read, as slices have been waited for since; so will this be
+    // written before the next one is used.
+    const SharedW<Config> w(shared, tile, pass_row);
+    w.store(y);
+    clear<Config>(y);
+#pragma unroll 1
+    for (int i = 0; i < ring.right_slices; ++i) {
+      const int stage = ring.next();
+#pragma unroll 1
+      for (int k = 0; k < plan.slice_rows; k += 16) {
+        AFragments a;
+        w.load(a, i * plan.slice_rows + k);
+        multiply<Config>(y, a, ring.other(stage) + other_offset + k * Config::pitch);
+      }
+    }
+  }
 }
 
 template <class Config, Outputs outputs>
@@ -525,18 +676,23 @@ __global__ void __launch_bounds__(Config::max_threads, 1)
   using Reduced = flatquant::Reduced<outputs>;
   auto* const all = reinterpret_cast<Reduced*>(memory);
   const Group group(plan.warps);
-  unsigned char* const scratch = memory + Plan::scratch_offset + group.warp * plan.scratch_bytes;
+  const int row_block = group.warp / Config::parts;
+  unsigned char* const scratch = memory + Plan::scratch_offset + row_block * plan.scratch_bytes;
   SliceRing<Config> ring(problem, plan, memory + plan.ring_offset);
   Accumulators<Config> y;
-  const auto first_row = [&](int pass) {
-    return (pass * plan.warps + group.warp) * Config::warp_rows;
+  const auto tile_of = [&](int pass) {
+    return WarpTile<Config>(group.warp, pass * plan.pass_rows);
+  };
+  const auto transform = [&](int pass) {
+    transform_slices<Config, outputs>(y, ring, plan, tile_of(pass), pass * plan.pass_rows,
+                                      memory + plan.w_offset);
   };
 
   const Ratios ratios(lane_output(problem));
   for (int64_t token = blockIdx.x; token < problem.tokens; token += gridDim.x) {
     Reduced reduced;
     for (int pass = 0; pass < plan.passes; ++pass) {
-      transform_slices<Config, outputs>(y, ring, plan, first_row(pass));
+      transform(pass);
       reduced.include(reduce_tiles<Config, Reduced>(y));
     }
     reduced = reduce_group(reduced, all, group);
@@ -544,7 +700,7 @@ __global__ void __launch_bounds__(Config::max_threads, 1)
     if (is_exact) {
       reduced = Reduced();
       for (int pass = 0; pass < plan.passes; ++pass) {
-        exact_transform<Config, outputs>(y, problem, token, first_row(pass));
+        exact_transform<Config, outputs>(y, problem, token, tile_of(pass));
         reduced.include(reduce_tiles<Config, Reduced>(y));
       }
       group.sync();
@@ -552,15 +708,28 @@ __global__ void __launch_bounds__(Config::max_threads, 1)
     }
     // The last pass is still there; the others are computed again.
     for (int pass = plan.passes - 1; pass >= 0; --pass) {
-      const int row = first_row(pass);
       if (pass != plan.passes - 1) {
-        transform_slices<Config, outputs>(y, ring, plan, row);
-        if (is_exact) exact_transform<Config, outputs>(y, problem, token, row);
+        transform(pass);
+        if (is_exact) exact_transform<Config, outputs>(y, problem, token, tile_of(pass));
       }
-      store<Config, outputs>(y, reduced, ratios, problem, token, row, scratch);
+      store<Config, outputs>(y, reduced, ratios, problem, token, tile_of(pass), scratch, group);
     }
   }
 #endif
+}
+
+// Calls use(kernel) with the instantiation that serves the problem.
+template <class Config, class Use>
+void with_kernel(const Problem& problem, Use use) {
+  with_outputs(problem, [&](auto outputs) {
+    if constexpr (!Config::streamed) {
+      use(resident_kernel<Config, outputs()>);
+    } else if constexpr (outputs() == Outputs::left_only) {
+      use(streamed_kernel<Config, Outputs::left_only>);
+    } else {
+      use(streamed_kernel<Config, Outputs::in_place>);
+    }
+  });
 }
 
 }  // namespace flatquant::sm80

@@ -18,15 +18,9 @@ template <class Element, bool streamed, int index>
 void launch_if(const Problem& problem, const Plan& plan, cudaStream_t stream) {
   constexpr int cols = streamed ? streamed_cols[index] : resident_cols[index];
   if (plan.cols != cols) return;
-  using Class = Config<Element, cols, streamed>;
   void (*kernel)(Problem, Plan) = nullptr;
-  with_outputs(problem, [&](auto outputs) {
-    if constexpr (streamed) {
-      kernel = streamed_kernel<Class, outputs()>;
-    } else {
-      kernel = resident_kernel<Class, outputs()>;
-    }
-  });
+  with_kernel<Config<Element, cols, streamed>>(
+      problem, [&](void (*instantiation)(Problem, Plan)) { kernel = instantiation; });
   // The device's limit, not the plan's bytes: the kernel serves many plans, and threads share it.
   const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "sm80", problem);
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit),

@@ -25,14 +25,9 @@ void launch_if(const Problem& problem, const Plan& plan, unsigned blocks, uint64
   using Class = Config<Element, cols, streamed>;
   if (plan.threads() > Class::max_threads) emulator::fail("%d threads", plan.threads());
   emulator::attach_sm80();
-  emulator::machine().launch(dim3(blocks), dim3(plan.threads()), plan.shared_bytes, seed, [&] {
-    with_outputs(problem, [&](auto outputs) {
-      if constexpr (streamed) {
-        streamed_kernel<Class, outputs()>(problem, plan);
-      } else {
-        resident_kernel<Class, outputs()>(problem, plan);
-      }
-    });
+  with_kernel<Class>(problem, [&](auto kernel) {
+    emulator::machine().launch(dim3(blocks), dim3(plan.threads()), plan.shared_bytes, seed,
+                               [&] { kernel(problem, plan); });
   });
 }
 
