@@ -145,9 +145,9 @@ constexpr int tokens_at_once(int row_tiles, int cols, int parts) {
 }
 
 // Where that is one token, the next one's first product can run under its epilogue: a second
-// accumulator.
+// accumulator, and at the least 31 registers beside them.
 constexpr bool overlaps(int row_tiles, int cols) {
-  return tokens_at_once(row_tiles, cols, 1) == 1 && cols + 40 <= registers(row_tiles);
+  return tokens_at_once(row_tiles, cols, 1) == 1 && cols + 31 <= registers(row_tiles);
 }
 
 // wgmma multiplies matrices of Operand. One of float32 is the sum of `parts` float16 matrices, with
@@ -193,9 +193,9 @@ struct Config {
   static constexpr int stages_wanted = stages_that_fit < max_stages ? stages_that_fit : max_stages;
   // A multiple of groups: every stage belongs to one group, which fills it again when it is done.
   static constexpr int stages = stages_wanted / groups * groups;
-  // A group's only stage is filled again as soon as the first product has read it. Where there are
-  // more, that waits for a barrier that the group needs anyway.
-  static constexpr bool refills_early = stages == groups;
+  // Where tokens in flight are few, a stage is filled again as soon as the first product has read
+  // it; elsewhere that waits for a barrier that the group needs anyway.
+  static constexpr bool refills_early = stages == groups || overlaps;
   static constexpr int shared_bytes = ring_offset + stages * stage_bytes;
   static_assert(stages >= 1);
 };

@@ -30,6 +30,12 @@ __device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
   cutlass::arch::NamedBarrier::sync(static_cast<uint32_t>(threads), static_cast<uint32_t>(barrier));
 }
 
+// Ends the thread if the condition holds, without a branch that the compiler would know of.
+__device__ __forceinline__ void exit_if(bool condition) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p exit;}" ::"r"(static_cast<int>(condition))
+               : "memory");
+}
+
 using Mbarrier = uint64_t;
 
 __device__ __forceinline__ void mbarrier_init(Mbarrier* barrier, int arrivals) {

@@ -22,6 +22,7 @@
 
 #include <type_traits>
 
+#include "elements.cuh"
 #include "fragment.cuh"
 #include "problem.h"
 #include "quantize.cuh"
@@ -166,29 +167,84 @@ __device__ __forceinline__ Element right_element(const Problem& problem, int k, 
   return static_cast<const Element*>(problem.right)[index];
 }
 
-// Starts copying both factors to shared memory, padded with zeros. Asynchronous, and before all but
-// the first tokens are asked for: behind those, which fill the queues of memory, they would wait.
+// The right factor on its way to shared memory, padded with zeros: in registers, as pairs of its
+// columns part there and cp.async would bring but 4 bytes at a time. Asked for before all but the
+// first tokens are: behind those, which fill the queues of memory, it would wait.
 template <class Config>
-__device__ void start_staging_factors(const Problem& problem, const SharedMemory<Config>& shared) {
+class RightFactor {
+ public:
   using Element = typename Config::Element;
-  auto* shared_left = reinterpret_cast<Element*>(shared.left);
-  auto* shared_right = reinterpret_cast<Element*>(shared.right);
 
-  if (problem.right == nullptr) {
-    // W is Y.
-  } else if (problem.right_repeats == 1) {
+  __device__ __forceinline__ void load(const Problem& problem) {
     const auto* right = static_cast<const Element*>(problem.right);
-    for_each<Config, Config::cols, Config::cols / 2>([&](int k, int pair) {
-      const bool inside = k < problem.cols && 2 * pair < problem.cols;
-      copy_async<4>(&shared_right[right_offset<Config>(k, 2 * pair)],
-                    right + (inside ? k * problem.cols + 2 * pair : 0), inside);
+    if (!is_whole(problem)) return;
+    constexpr int columns = Config::is_ragged ? 4 : 8;  // of a load, as rows are aligned
+    for_each([&](int i, int row, int first_col) {
+#pragma unroll
+      for (int col = 0; col < 8; col += columns) {
+        Elements<Element, columns> elements = {};
+        if (row < problem.cols && first_col + col < problem.cols) {
+          elements = flatquant::load<columns>(right + row * problem.cols + first_col + col);
+        }
+#pragma unroll
+        for (int pair = 0; pair < columns / 2; ++pair) {
+          octets_[i][col / 2 + pair] = elements.words[pair];
+        }
+      }
     });
-  } else {
-    for_each<Config, Config::cols, Config::cols>([&](int k, int col) {
-      shared_right[right_offset<Config>(k, col)] = right_element<Element>(problem, k, col);
+  }
+  __device__ __forceinline__ void store(const Problem& problem,
+                                        const SharedMemory<Config>& shared) const {
+    auto* const matrix = reinterpret_cast<Element*>(shared.right);
+    if (problem.right == nullptr) return;  // W is Y
+    if (!is_whole(problem)) {
+      sm90::for_each<Config, Config::cols, Config::cols>([&](int k, int col) {
+        matrix[right_offset<Config>(k, col)] = right_element<Element>(problem, k, col);
+      });
+      return;
+    }
+    int first[4];
+    for_each([&](int i, int row, int col) {
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        // Rows a multiple of eight apart are swizzled alike.
+        if (i == 0) first[pair] = right_offset<Config>(row, col + 2 * pair);
+        *reinterpret_cast<uint32_t*>(matrix + first[pair] + i * row_step * Config::width) =
+            octets_[i][pair];
+      }
     });
   }
 
+ private:
+  static constexpr int lanes = Config::cols / 8;  // of a row
+  static constexpr int row_step = Config::threads / lanes / 8 * 8;
+  static constexpr int steps = (Config::cols + row_step - 1) / row_step;
+  static_assert(row_step > 0);
+
+  __device__ static bool is_whole(const Problem& problem) {
+    return problem.right != nullptr && problem.right_repeats == 1;
+  }
+
+  // Calls visit(i, row, first column) for this thread's parts.
+  template <class Visit>
+  __device__ __forceinline__ static void for_each(Visit visit) {
+    const int first_row = threadIdx.x / lanes, col = threadIdx.x % lanes * 8;
+    if (first_row >= row_step) return;
+#pragma unroll
+    for (int i = 0; i < steps; ++i) {
+      const int row = first_row + i * row_step;
+      if (row < Config::cols) visit(i, row, col);
+    }
+  }
+
+  uint32_t octets_[steps][4];  // eight columns of a row
+};
+
+// Starts copying the left factor to shared memory, likewise.
+template <class Config>
+__device__ void start_staging_left(const Problem& problem, const SharedMemory<Config>& shared) {
+  using Element = typename Config::Element;
+  auto* shared_left = reinterpret_cast<Element*>(shared.left);
   if (problem.left != nullptr && problem.left_repeats == 1 && problem.rows % 8 == 0) {
     const auto* left = static_cast<const Element*>(problem.left);
     for_each<Config, Config::depth, 8 * Config::row_tiles>([&](int k, int octet) {
@@ -418,9 +474,10 @@ __device__ void start_first_product(float (&w)[Config::cols / 2], uint64_t left,
 }
 
 // Y = W @ right for 64 rows: an accumulator of W is, in the same order, an A fragment.
-template <class Config>
+// Calls meanwhile() while it is at work.
+template <class Config, class Meanwhile>
 __device__ void second_product(float (&y)[Config::cols / 2], float (&w)[Config::cols / 2],
-                               uint64_t right) {
+                               uint64_t right, Meanwhile meanwhile) {
   using Operand = typename Config::Operand;
   constexpr int size = Config::cols / 4;
   uint32_t a[Config::parts * size];
@@ -447,6 +504,7 @@ __device__ void second_product(float (&y)[Config::cols / 2], float (&w)[Config::
     }
   });
   wgmma_commit();
+  meanwhile();
   wgmma_wait(y);
 }
 
@@ -537,29 +595,35 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
 
   constexpr bool is_y = outputs == Outputs::left_only;  // W
   constexpr bool overlaps = Config::overlaps && !is_y;  // as that takes both accumulators
+  constexpr bool cuts_early = overlaps && Config::is_ragged;
   const Ratios ratios(lane_output(problem));
   int stage = group;
   uint32_t parity = 0;  // of the stage's use
   TokenSplit token_split{};
   float w[Config::cols / 2], y[Config::cols / 2];
-  // Unconditional, as a condition would serialise wgmma: past the last token it multiplies what an
-  // earlier one left, and nobody looks at it. Returns the token.
-  auto start = [&] {
+  // Waits for the next token and returns which it is. Past the last one the thread ends, or, if one
+  // is still in work, goes on with what an earlier token left, and nobody looks at it: a condition
+  // would serialise wgmma.
+  const auto arrive = [&] {
     mbarrier_wait(&shared.storage->full[stage], parity);
     const uint32_t token = warp_uniform(shared.storage->tokens[stage]);
+    if constexpr (!overlaps) exit_if(token >= problem.tokens);
     if constexpr (Config::is_float32) {
       token_split = split_token(shared.ring + stage * Config::stage_bytes, shared, group);
     } else if constexpr (Config::is_ragged) {
       cut_token<Config>(shared.ring + stage * Config::stage_bytes, problem, group);
     }
-    start_first_product<Config>(w, left, advance(ring, stage * Config::stage_bytes));
     return token;
   };
-  uint32_t token = start();
+  const auto multiply = [&] {
+    start_first_product<Config>(w, left, advance(ring, stage * Config::stage_bytes));
+  };
+  uint32_t token = arrive();
+  multiply();
   int set = 0;
   while (true) {
     wgmma_wait(w);
-    if (token >= problem.tokens) break;
+    if (overlaps && token >= problem.tokens) break;
     const int used = stage;
     const auto refill = [&] {
       if (threadIdx.x % Config::group_threads == 0) {
@@ -576,17 +640,27 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
       parity ^= 1;
     }
     float (&result)[Config::cols / 2] = is_y ? w : y;
-    if constexpr (!is_y) second_product<Config>(y, w, right);
+    uint32_t next;
+    if constexpr (!is_y) {
+      second_product<Config>(y, w, right, [&] {
+        if constexpr (cuts_early) next = arrive();
+      });
+    }
     float least = 0.0f;
     if constexpr (Config::is_float32) {
       least = scale_back<Config>(result, token_split, factor_exponents, problem);
     }
-    uint32_t next;
-    if constexpr (overlaps) next = start();
+    if constexpr (overlaps) {
+      if constexpr (!cuts_early) next = arrive();
+      multiply();
+    }
     epilogue<Config, outputs>(result, problem, shared, token, thread, group, set, ratios, least,
                               refill);
     set ^= 1;
-    if constexpr (!overlaps) next = start();
+    if constexpr (!overlaps) {
+      next = arrive();
+      multiply();
+    }
     token = next;
   }
 }
@@ -609,10 +683,12 @@ __global__ void __launch_bounds__(Config::threads, 1)
     fill(input_map, problem, shared, group, first);
   }
   int factor_exponents = 0;
+  RightFactor<Config> right;
   if constexpr (Config::is_float32) {
     factor_exponents = stage_split_factors(problem, shared);
   } else {
-    start_staging_factors(problem, shared);
+    right.load(problem);
+    start_staging_left(problem, shared);
   }
   TokenSource<Config> source(problem, first);
   if (fills) {
@@ -620,6 +696,7 @@ __global__ void __launch_bounds__(Config::threads, 1)
       fill(input_map, problem, shared, stage, source.take());
     }
   }
+  if constexpr (!Config::is_float32) right.store(problem, shared);
   copy_async_wait();
   fence_proxy_async();
   __syncthreads();

@@ -158,6 +158,8 @@ struct Warp {
   WaitQueue queue;
 };
 
+struct ThreadExit {};  // thrown by a thread that ends early
+
 struct Thread {
   ucontext_t context;
   unsigned char* stack = nullptr;
@@ -423,7 +425,10 @@ inline Machine& machine() {
 }
 
 inline void Machine::enter() {
-  (*machine().body_)();
+  try {
+    (*machine().body_)();
+  } catch (const ThreadExit&) {
+  }
   machine().self().done = true;
 }
 

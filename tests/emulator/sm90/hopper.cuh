@@ -16,6 +16,10 @@ inline void named_barrier_sync(int barrier, int threads) {
   emulator::machine().barrier_sync(8 + barrier, threads);  // CUTLASS keeps 0..7
 }
 
+inline void exit_if(bool condition) {
+  if (condition) throw emulator::ThreadExit();
+}
+
 using Mbarrier = uint64_t;
 
 inline void mbarrier_init(Mbarrier* barrier, int arrivals) {
