@@ -49,9 +49,14 @@ int check_sm80() {
                           plan.stages >= (plan.streamed ? 2 : 1);
         const bool covers = plan.cols >= cols && plan_rows >= rows;
         const bool has_barriers = plan.warps == 1 || plan.groups <= 15;
-        if (!fits || !covers || !has_barriers) {
-          std::printf("%d x %d with %d KiB: fits %d, covers %d, barriers %d\n", rows, cols, limit,
-                      fits, covers, has_barriers);
+        // W takes a stage of the ring, or the place before it.
+        const int w_bytes = plan.pass_rows * plan.cols * 2;
+        const bool holds_w = !shares_w(plan.cols, plan.streamed) ||
+                             (plan.streamed ? plan.w_offset + w_bytes <= plan.ring_offset
+                                            : w_bytes <= plan.stage_bytes);
+        if (!fits || !covers || !has_barriers || !holds_w) {
+          std::printf("%d x %d with %d KiB: fits %d, covers %d, barriers %d, W %d\n", rows, cols,
+                      limit, fits, covers, has_barriers, holds_w);
         }
       }
     }

@@ -2,12 +2,13 @@
 // products:
 //   W = left^T @ X    A = left^T, B = X as it lies, W rounded to the input's dtype
 //   Y = W @ right     A = W (an accumulator fragment is an A fragment), B = right
-// A warp computes 32 rows of W and Y for all columns or, above 128 of them, for half; then each of
-// the two needs all of W's columns, which goes through shared memory in place of X. A token takes a
-// group of warps, a single one if it is small. The epilogue reduces the extremes of Y over the
-// group, then quantises the accumulators, for one output after the other; the token is read once
-// and its codes are written once. Without a left factor the identity is staged, as W is then X to
-// the bit; without a right one W is Y, and lanes exchange codes instead.
+// A warp computes 32 rows of W and Y for all columns or, where those are many, for a half or a
+// quarter; then each of these warps needs all of W's columns, which goes through shared memory, in
+// place of X where that stays there as a whole. A token takes a group of warps, a single one if it
+// is small. The epilogue reduces the extremes of Y over the group, then quantises the accumulators,
+// for one output after the other; the token is read once and its codes are written once. Without a
+// left factor the identity is staged, as W is then X to the bit; without a right one W is Y, and
+// lanes exchange codes instead.
 // resident_kernel: the factors stay in shared memory; a block is groups that work on different
 // tokens, each with a ring of stages that it fills itself by cp.async.
 // streamed_kernel: for factors that do not fit; the block works on one token and takes left, X and
@@ -379,7 +380,7 @@ __device__ __forceinline__ void store_codes(const Accumulators<Config>& y, const
                                             const Group& group) {
   constexpr int cols = Config::warp_cols;
   static_assert(Config::parts == 1 || cols % (8 * ColumnOrder<cols>::vector) == 0,
-                "both parts store vectors of words");
+                "all parts store vectors of words");
   const auto for_tiles = [&](auto store_tile) {
 #pragma unroll
     for (int i = 0; i < row_tiles; ++i) store_tile(y[i], thread_rows(tile, i));

@@ -55,12 +55,11 @@ __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, uint32_t parity
 // Ordinary shared-memory stores before it are seen by wgmma and the copy engine after it.
 __device__ __forceinline__ void fence_proxy_async() { cutlass::arch::fence_view_async_shared(); }
 
-// Starts a copy of `bytes` (4 or 16) from global to shared memory; zeros arrive if not `condition`.
-template <int bytes>
+// Starts a copy of 16 bytes from global to shared memory; zeros arrive if not `condition`.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool condition) {
-  cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<cute::uint_bit_t<bytes * 8>>::copy(
-      *static_cast<const cute::uint_bit_t<bytes * 8>*>(global),
-      *static_cast<cute::uint_bit_t<bytes * 8>*>(shared), condition);
+  cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<cute::uint128_t>::copy(
+      *static_cast<const cute::uint128_t*>(global), *static_cast<cute::uint128_t*>(shared),
+      condition);
 }
 // Returns once all copies that this thread started have arrived.
 __device__ __forceinline__ void copy_async_wait() {

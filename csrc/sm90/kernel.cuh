@@ -169,7 +169,8 @@ __device__ __forceinline__ Element right_element(const Problem& problem, int k, 
 
 // The right factor on its way to shared memory, padded with zeros: in registers, as pairs of its
 // columns part there and cp.async would bring but 4 bytes at a time. Asked for before all but the
-// first tokens are: behind those, which fill the queues of memory, it would wait.
+// first tokens are: behind those, which fill the queues of memory, it would wait. One that repeats
+// along the diagonal is small, and is read where it is stored.
 template <class Config>
 class RightFactor {
  public:
@@ -240,7 +241,7 @@ class RightFactor {
   uint32_t octets_[steps][4];  // eight columns of a row
 };
 
-// Starts copying the left factor to shared memory, likewise.
+// Starts copying the left factor to shared memory, asynchronously, padded with zeros.
 template <class Config>
 __device__ void start_staging_left(const Problem& problem, const SharedMemory<Config>& shared) {
   using Element = typename Config::Element;
@@ -249,8 +250,8 @@ __device__ void start_staging_left(const Problem& problem, const SharedMemory<Co
     const auto* left = static_cast<const Element*>(problem.left);
     for_each<Config, Config::depth, 8 * Config::row_tiles>([&](int k, int octet) {
       const bool inside = k < problem.rows && 8 * octet < problem.rows;
-      copy_async<16>(&shared_left[left_offset<Config>(k, 8 * octet)],
-                     left + (inside ? k * problem.rows + 8 * octet : 0), inside);
+      copy_async(&shared_left[left_offset<Config>(k, 8 * octet)],
+                 left + (inside ? k * problem.rows + 8 * octet : 0), inside);
     });
   } else {
     for_each<Config, Config::depth, 64 * Config::row_tiles>([&](int k, int m) {

@@ -8,6 +8,10 @@ extern "C" __global__ void named_barrier(int* out) {
   named_barrier_sync(3, 96);
   *out = 1;
 }
+extern "C" __global__ void early_end(int* out, bool condition) {
+  exit_if(condition);
+  *out = 1;
+}
 extern "C" __global__ void mbarrier(Mbarrier* barrier) {
   mbarrier_init(barrier, 5);
   mbarrier_init_fence();
@@ -34,7 +38,6 @@ extern "C" __global__ void products(float* out, uint64_t a, uint64_t b) {
   for (int i = 0; i < 12; ++i) out[i] = d[i];
 }
 extern "C" __global__ void copies(void* shared, const void* global, bool condition) {
-  copy_async<4>(shared, global, condition);
-  copy_async<16>(shared, global, condition);
+  copy_async(shared, global, condition);
   copy_async_wait();
 }
