@@ -9,6 +9,7 @@ constexpr bool serves(int rows, int cols) {
   return rows >= 1 && rows <= max_size && cols >= 1 && cols <= max_size;
 }
 
+constexpr int divide_up(int value, int divisor) { return (value + divisor - 1) / divisor; }
 constexpr int round_up(int value, int multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
@@ -91,16 +92,18 @@ struct Plan {
   // In as few passes as registers allow, but no fewer than `least`.
   constexpr void divide(int rows, int least) {
     const int most = max_warps(cols, streamed) / parts(cols, streamed);  // times 32 rows
-    const int blocks = round_up(rows, warp_rows) / warp_rows;
-    passes = round_up(blocks, most) / most;
+    const int blocks = divide_up(rows, warp_rows);
+    passes = divide_up(blocks, most);
     if (passes < least) passes = least;
-    const int pass_blocks = round_up(blocks, passes) / passes;
+    const int pass_blocks = divide_up(blocks, passes);
     warps = pass_blocks * parts(cols, streamed);
     pass_rows = pass_blocks * warp_rows;
     left_pitch = pitch(pass_rows);
   }
 
-  constexpr int all_scratch_bytes() const { return groups * (pass_rows / 32) * scratch_bytes; }
+  constexpr int all_scratch_bytes() const {
+    return groups * (pass_rows / warp_rows) * scratch_bytes;
+  }
 
   // As many groups as registers allow. Two stages each, if no more than a third of the groups have
   // to go for that, else one. Leaves stages = 0 where nothing fits.

@@ -312,7 +312,7 @@ __device__ __forceinline__ void copy(Accumulators<Config>& to, const Accumulator
 template <class Config>
 __device__ __forceinline__ ThreadRows thread_rows(WarpTile<Config> tile, int row_tile) {
   const int lane = opaque(static_cast<int>(threadIdx.x % 32));
-  return {tile.row + 16 * row_tile + lane / 4, lane % 4, Config::parts == 1 ? 0 : tile.col};
+  return {tile.row + 16 * row_tile + lane / 4, lane % 4, tile.col};
 }
 
 template <class Config, Outputs outputs>
@@ -576,8 +576,8 @@ struct SliceRing {
         input_unit(copy_unit(problem.input, problem.cols, problem.input_stride)),
         left_unit(copy_unit(problem.left, problem.rows, 0)),
         right_unit(copy_unit(problem.right, problem.cols, 0)),
-        token_slices((problem.rows + plan.slice_rows - 1) / plan.slice_rows),
-        right_slices(problem.right ? (Config::cols + plan.slice_rows - 1) / plan.slice_rows : 0),
+        token_slices(divide_up(problem.rows, plan.slice_rows)),
+        right_slices(problem.right ? divide_up(Config::cols, plan.slice_rows) : 0),
         steps(2 * plan.passes - 1),
         team{static_cast<int>(threadIdx.x) % 128, plan.warps < 4 ? 32 * plan.warps : 128},
         teams(plan.warps < 4 ? 1 : plan.warps / 4),
@@ -632,40 +632,38 @@ struct SliceRing {
   }
 };
 
-// Y of a warp's tile, of which `tile` holds the row counted from `pass_row`, the first of the pass.
+// Y of a warp's tile, in a pass that begins with `pass_row`; W goes through `shared`.
 template <class Config, Outputs outputs>
 __device__ __forceinline__ void transform_slices(Accumulators<Config>& y, SliceRing<Config>& ring,
                                                  const Plan& plan, WarpTile<Config> tile,
                                                  int pass_row, void* shared) {
   const int left_offset = tile.row - pass_row + a_offset(plan.left_pitch);
   const int other_offset = tile.col + b_offset(Config::pitch);
-  clear<Config>(y);
+  // y = a @ b with b from slices; load_a(a, stage, slice, k) gives the fragments for row k of one.
+  const auto product_of_slices = [&](int slices, auto load_a) {
+    clear<Config>(y);
 #pragma unroll 1
-  for (int i = 0; i < ring.token_slices; ++i) {
-    const int stage = ring.next();
+    for (int slice = 0; slice < slices; ++slice) {
+      const int stage = ring.next();
 #pragma unroll 1
-    for (int k = 0; k < plan.slice_rows; k += 16) {
-      AFragments a;
-      load_left(a, ring.left(stage) + left_offset + k * plan.left_pitch);
-      multiply<Config>(y, a, ring.other(stage) + other_offset + k * Config::pitch);
+      for (int k = 0; k < plan.slice_rows; k += 16) {
+        AFragments a;
+        load_a(a, stage, slice, k);
+        multiply<Config>(y, a, ring.other(stage) + other_offset + k * Config::pitch);
+      }
     }
-  }
+  };
+  product_of_slices(ring.token_slices, [&](AFragments& a, int stage, int, int k) {
+    load_left(a, ring.left(stage) + left_offset + k * plan.left_pitch);
+  });
   if constexpr (outputs != Outputs::left_only) {
     // W of the last pass has been read, as slices have been waited for since; so will this be
     // written before the next one is used.
     const SharedW<Config> w(shared, tile, pass_row);
     w.store(y);
-    clear<Config>(y);
-#pragma unroll 1
-    for (int i = 0; i < ring.right_slices; ++i) {
-      const int stage = ring.next();
-#pragma unroll 1
-      for (int k = 0; k < plan.slice_rows; k += 16) {
-        AFragments a;
-        w.load(a, i * plan.slice_rows + k);
-        multiply<Config>(y, a, ring.other(stage) + other_offset + k * Config::pitch);
-      }
-    }
+    product_of_slices(ring.right_slices, [&](AFragments& a, int, int slice, int k) {
+      w.load(a, slice * plan.slice_rows + k);
+    });
   }
 }
 
