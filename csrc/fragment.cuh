@@ -290,7 +290,7 @@ template <Storage storage, class Token>
 __device__ __forceinline__ unsigned char* first_codes(const Problem& problem, void* codes,
                                                       Token token, ThreadRows thread) {
   return static_cast<unsigned char*>(codes) +
-         static_cast<uint64_t>(opaque(token)) * code_bytes<storage>(problem.rows * problem.cols) +
+         static_cast<uint64_t>(token) * code_bytes<storage>(problem.rows * problem.cols) +
          code_bytes<storage>(thread.first_row * problem.cols);
 }
 
@@ -523,6 +523,16 @@ __device__ __forceinline__ void with_clamp(const TokenScale& scale, Use use) {
   use(std::integral_constant<Clamp, Clamp::saturated>());
 }
 
+// Calls use(storage), an integral_constant, with the problem's.
+template <class Use>
+__device__ __forceinline__ void with_storage(const Problem& problem, Use use) {
+  if (problem.storage == Storage::int32) {
+    use(std::integral_constant<Storage, Storage::int32>());
+  } else {
+    use(std::integral_constant<Storage, Storage::int8>());
+  }
+}
+
 // The output whose ratios and scales this lane of a warp has; the first one's if there is none.
 __device__ __forceinline__ const Output& lane_output(const Problem& problem) {
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -544,7 +554,7 @@ class OutputScales {
     if (lane < problem.output_count) problem.outputs[lane].scales[token] = mine_.scale;
   }
 
-  // Calls use(codes, scale) for each output.
+  // Calls use(codes, scale, clamp) for each output.
   template <class Use>
   __device__ __forceinline__ void for_each(const Problem& problem, Use use) const {
     const uint32_t clamps = __ballot_sync(0xffffffffu, mine_.clamps);
@@ -555,12 +565,14 @@ class OutputScales {
       scale.inverse = __shfl_sync(0xffffffffu, mine_.inverse, i);
       scale.clamps = clamps >> i & 1;
       scale.saturates = saturates >> i & 1;
-      if (scale.saturates) {
-        scale.factor = __shfl_sync(0xffffffffu, mine_.factor, i);
-        scale.multiplier = __shfl_sync(0xffffffffu, mine_.multiplier, i);
-        scale.constant = __shfl_sync(0xffffffffu, mine_.constant, i);
-      }
-      use(problem.outputs[i].codes, scale);
+      with_clamp<has_lanes>(scale, [&](auto clamp) {
+        if constexpr (clamp() == Clamp::saturated) {
+          scale.factor = __shfl_sync(0xffffffffu, mine_.factor, i);
+          scale.multiplier = __shfl_sync(0xffffffffu, mine_.multiplier, i);
+          scale.constant = __shfl_sync(0xffffffffu, mine_.constant, i);
+        }
+        use(problem.outputs[i].codes, scale, clamp);
+      });
     }
   }
 
@@ -568,26 +580,28 @@ class OutputScales {
   TokenScale mine_;
 };
 
-// All that is stored of a warp's part of a token: calls store_codes(codes, scale) for each output,
-// or store_transformed(). `ratios` are those of lane_output(); the first of a token's warps stores
-// the scales.
-template <Outputs outputs, bool has_lanes, class StoreCodes, class StoreTransformed>
+// All that is stored of a warp's part of a token: calls with_store(use), to be given a
+// store(codes, scale, clamp) that serves all outputs, or store_transformed(). `ratios` are those of
+// lane_output(); the first of a token's warps stores the scales.
+template <Outputs outputs, bool has_lanes, class WithStore, class StoreTransformed>
 __device__ __forceinline__ void store_token(const Problem& problem, int64_t token,
                                             const Reduced<outputs>& reduced, const Ratios& ratios,
-                                            bool is_first_warp, StoreCodes store_codes,
+                                            bool is_first_warp, WithStore with_store,
                                             StoreTransformed store_transformed) {
   if constexpr (outputs == Outputs::simple) {
     const Output& output = problem.outputs[0];
     const float ratio = output.max_ratio;
     const TokenScale scale(ratio * reduced.max, ratio, ratio, has_lanes);
     if (is_first_warp && threadIdx.x % 32 == 0) output.scales[token] = scale.scale;
-    store_codes(output.codes, scale);
+    with_store([&](auto store) {
+      with_clamp<has_lanes>(scale, [&](auto clamp) { store(output.codes, scale, clamp); });
+    });
   } else if (problem.output_count == 0) {
     store_transformed();
   } else {
     const OutputScales<has_lanes> scales(ratios, reduced);
     if (is_first_warp) scales.store(problem, token);
-    scales.for_each(problem, store_codes);
+    with_store([&](auto store) { scales.for_each(problem, store); });
   }
 }
 

@@ -372,12 +372,12 @@ __device__ __forceinline__ bool is_finite(const Reduced& reduced) {
   return reduced.magnitude() < INFINITY;
 }
 
-// Codes of a warp's tile; `scratch` is that of the warps of the same rows.
-template <class Config, Outputs outputs>
-__device__ __forceinline__ void store_codes(const Accumulators<Config>& y, const TokenScale& scale,
-                                            const Problem& problem, void* codes, int64_t token,
-                                            WarpTile<Config> tile, unsigned char* scratch,
-                                            const Group& group) {
+// Calls use(store) with what stores codes of a warp's tile, of the problem's storage. `scratch` is
+// that of the warps of the same rows.
+template <class Config, Outputs outputs, class Use>
+__device__ __forceinline__ void with_store(const Accumulators<Config>& y, const Problem& problem,
+                                           int64_t token, WarpTile<Config> tile,
+                                           unsigned char* scratch, const Group& group, Use use) {
   constexpr int cols = Config::warp_cols;
   static_assert(Config::parts == 1 || cols % (8 * ColumnOrder<cols>::vector) == 0,
                 "all parts store vectors of words");
@@ -385,32 +385,30 @@ __device__ __forceinline__ void store_codes(const Accumulators<Config>& y, const
 #pragma unroll
     for (int i = 0; i < row_tiles; ++i) store_tile(y[i], thread_rows(tile, i));
   };
-  with_clamp<false>(scale, [&](auto clamp) {
-    if (problem.cols % 8 != 0) {
-      const int thread = tile.col / cols * 32 + static_cast<int>(threadIdx.x % 32);
-      const auto sync = [&] {
-        if (Config::parts == 1) {
-          __syncwarp();
-        } else {
-          group.sync();
-        }
-      };
+  if (problem.cols % 8 != 0) {
+    const int thread = tile.col / cols * 32 + static_cast<int>(threadIdx.x % 32);
+    const auto sync = [&] {
+      if (Config::parts == 1) {
+        __syncwarp();
+      } else {
+        group.sync();
+      }
+    };
+    use([&](void* codes, const TokenScale& scale, auto clamp) {
       for_tiles([&](const auto& values, ThreadRows rows) {
         store_codes_of_any_cols<cols, outputs, clamp()>(values, scale, problem, codes, token, rows,
                                                         scratch, {thread, 32 * Config::parts},
                                                         sync);
       });
-    } else if (problem.storage == Storage::int32) {
+    });
+    return;
+  }
+  with_storage(problem, [&](auto storage) {
+    use([&, token = opaque(token)](void* codes, const TokenScale& scale, auto clamp) {
       for_tiles([&](const auto& values, ThreadRows rows) {
-        flatquant::store_codes<cols, outputs, Storage::int32, clamp()>(values, scale, problem,
-                                                                       codes, token, rows);
+        store_codes<cols, outputs, storage(), clamp()>(values, scale, problem, codes, token, rows);
       });
-    } else {
-      for_tiles([&](const auto& values, ThreadRows rows) {
-        flatquant::store_codes<cols, outputs, Storage::int8, clamp()>(values, scale, problem, codes,
-                                                                      token, rows);
-      });
-    }
+    });
   });
 }
 
@@ -422,9 +420,7 @@ __device__ __forceinline__ void store(const Accumulators<Config>& y,
                                       unsigned char* scratch, const Group& group) {
   store_token<outputs, false>(
       problem, token, reduced, ratios, tile.row == 0 && tile.col == 0,
-      [&](void* codes, const TokenScale& scale) {
-        store_codes<Config, outputs>(y, scale, problem, codes, token, tile, scratch, group);
-      },
+      [&](auto use) { with_store<Config, outputs>(y, problem, token, tile, scratch, group, use); },
       [&] {
 #pragma unroll
         for (int i = 0; i < row_tiles; ++i) {

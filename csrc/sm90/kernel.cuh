@@ -521,32 +521,33 @@ __device__ __forceinline__ float scale_back(float (&y)[Config::cols / 2], const 
   return token.is_zero ? 0.0f : scale * least_magnitude(problem);
 }
 
-template <class Config, Outputs outputs>
-__device__ __forceinline__ void store_codes(const float (&y)[Config::cols / 2],
-                                            const TokenScale& scale, const Problem& problem,
-                                            void* codes, uint32_t token, ThreadRows thread) {
-  const auto store = [&](auto storage) {
-    with_clamp<true>(scale, [&](auto clamp) {
+// Calls use(store) with what stores codes of the problem's storage.
+template <class Config, Outputs outputs, class Use>
+__device__ __forceinline__ void with_store(const float (&y)[Config::cols / 2],
+                                           const Problem& problem, uint32_t token,
+                                           ThreadRows thread, Use use) {
+  with_storage(problem, [&](auto storage) {
+    // What the storage makes of the token is computed here, for all outputs; beside a second
+    // accumulator, which leaves no registers for it, only where it is used.
+    use([&, token = opaque(token)](void* codes, const TokenScale& scale, auto clamp) {
+      const uint32_t place = Config::overlaps ? opaque(token) : token;
       if constexpr (Config::is_ragged) {
         store_codes_by_fours<Config::cols, outputs, storage(), clamp()>(y, scale, problem, codes,
-                                                                        token, thread);
+                                                                        place, thread);
       } else {
-        flatquant::store_codes<Config::cols, outputs, storage(), clamp()>(y, scale, problem, codes,
-                                                                          token, thread);
+        store_codes<Config::cols, outputs, storage(), clamp()>(y, scale, problem, codes, place,
+                                                               thread);
       }
     });
-  };
-  if (problem.storage == Storage::int32) {
-    store(std::integral_constant<Storage, Storage::int32>());
-  } else {
-    store(std::integral_constant<Storage, Storage::int8>());
-  }
+  });
 }
 
-template <class Config, Outputs outputs, class Refill>
+// Calls past_barrier() behind the group's barrier.
+template <class Config, Outputs outputs, class PastBarrier>
 __device__ void epilogue(float (&y)[Config::cols / 2], const Problem& problem,
                          const SharedMemory<Config>& shared, uint32_t token, ThreadRows thread,
-                         int group, int set, const Ratios& ratios, float least, Refill refill) {
+                         int group, int set, const Ratios& ratios, float least,
+                         PastBarrier past_barrier) {
   const auto reduce_token = [&](const auto& values, int used) {
     auto& storage = *shared.storage;
     if constexpr (outputs == Outputs::simple) {
@@ -559,13 +560,11 @@ __device__ void epilogue(float (&y)[Config::cols / 2], const Problem& problem,
   const auto store = [&](const auto& values, const Reduced<outputs>& reduced) {
     store_token<outputs, true>(
         problem, token, reduced, ratios, threadIdx.x % Config::group_threads < 32,
-        [&](void* codes, const TokenScale& scale) {
-          store_codes<Config, outputs>(values, scale, problem, codes, token, thread);
-        },
+        [&](auto use) { with_store<Config, outputs>(values, problem, token, thread, use); },
         [&] { store_transformed<Config::cols, outputs>(values, problem, token, thread); });
   };
   const Reduced<outputs> reduced = reduce_token(y, set);
-  if constexpr (!Config::refills_early) refill();  // the group's barrier is past
+  past_barrier();
   const float magnitude = reduced.magnitude();
   if (!(magnitude < INFINITY) || (Config::is_float32 && magnitude < least)) {
     float exact[Config::cols / 2];
@@ -602,13 +601,12 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
   uint32_t parity = 0;  // of the stage's use
   TokenSplit token_split{};
   float w[Config::cols / 2], y[Config::cols / 2];
-  // Waits for the next token and returns which it is. Past the last one the thread ends, or, if one
-  // is still in work, goes on with what an earlier token left, and nobody looks at it: a condition
-  // would serialise wgmma.
+  // Waits for the next token and returns which it is. Past the last one, if one is still in work,
+  // it goes on with what an earlier token left, and nobody looks at it: a condition would serialise
+  // wgmma.
   const auto arrive = [&] {
     mbarrier_wait(&shared.storage->full[stage], parity);
     const uint32_t token = warp_uniform(shared.storage->tokens[stage]);
-    if constexpr (!overlaps) exit_if(token >= problem.tokens);
     if constexpr (Config::is_float32) {
       token_split = split_token(shared.ring + stage * Config::stage_bytes, shared, group);
     } else if constexpr (Config::is_ragged) {
@@ -619,6 +617,9 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
   const auto multiply = [&] {
     start_first_product<Config>(w, left, advance(ring, stage * Config::stage_bytes));
   };
+  // A thread ends where there is no token. Its number is known ahead of the token, so that product
+  // 1 does not wait for it.
+  exit_if(shared.storage->tokens[stage] >= problem.tokens);
   uint32_t token = arrive();
   multiply();
   int set = 0;
@@ -655,10 +656,15 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
       if constexpr (!cuts_early) next = arrive();
       multiply();
     }
+    uint32_t number;  // of the token in the next stage
     epilogue<Config, outputs>(result, problem, shared, token, thread, group, set, ratios, least,
-                              refill);
+                              [&] {
+                                number = shared.storage->tokens[stage];
+                                if constexpr (!Config::refills_early) refill();
+                              });
     set ^= 1;
     if constexpr (!overlaps) {
+      exit_if(number >= problem.tokens);
       next = arrive();
       multiply();
     }
