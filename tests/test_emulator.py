@@ -250,6 +250,12 @@ def test_layouts_are_those_of_cute(toolchain: Toolchain, tmp_path: Path) -> None
 
 INSTRUCTIONS = {
     "named_barrier": [r"bar\.sync 11, 96;"],  # CUTLASS keeps 0..7; there are 16
+    "cluster": [
+        r"mapa\.u64 %rd\d+, %rd\d+, 1;",
+        r"st\.u32\s+\[%rd\d+\], 2;",
+        r"barrier\.cluster\.arrive\.aligned;",
+        r"barrier\.cluster\.wait\.aligned;",
+    ],
     "early_end": [r"setp\.ne\.b32 p, %r\d+, 0; @p exit;", r"st\.global"],
     "mbarrier": [
         r"mbarrier\.init\.shared::cta\.b64 \[\S+\], 5;",
@@ -271,6 +277,7 @@ INSTRUCTIONS = {
         r"setp\.ne\.b32 p, 1, 0;\s*wgmma\.mma_async\.sync\.aligned\.m64n24k16\.f32\.bf16\.bf16 "
         r"\{[^}]*\}, *\{[^}]*\}, %rd\d+, p, +1, 1, 1;",
         r"wgmma\.commit_group\.sync\.aligned;",
+        r"wgmma\.wait_group\.sync\.aligned 1;",
         r"wgmma\.wait_group\.sync\.aligned 0;",
     ],
     "copies": [
@@ -350,6 +357,11 @@ MISTAKES = {
     "early use": "wrong product",
     "no commit": "wrong product|in flight|waited for",
     "no wait for wgmma": "in flight|waited for",
+    "no wait for the last wgmma": "wrong product|in flight|waited for",
+    "no cluster barrier": "wrong number",
+    "part of a cluster": "(?s)deadlock.*barrier -1: 64 of 128",
+    "block ended": "a block that has ended|deadlock",
+    "no such block": "block 2 of a cluster of 2",
 }
 
 
@@ -454,6 +466,7 @@ def test_sm90(sm90: Path, tmp_path: Path, case: Case) -> None:
         Case(150, 152, 5),
         Case(60, 84, 40, blocks=1),  # ragged tokens
         Case(128, 140, 9),
+        Case(200, 248, 7),  # clusters
     ],
     ids=str,
 )
@@ -479,7 +492,8 @@ def test_sm90_in_any_order(sm90: Path, tmp_path: Path, case: Case) -> None:
 @pytest.mark.parametrize("packed", [True, False], ids=["int4", "int8"])
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=dtype_name)
 @pytest.mark.parametrize(
-    "rows, cols", [(64, 64), (50, 72), (128, 112), (140, 176), (48, 60), (128, 148)]
+    "rows, cols",
+    [(64, 64), (50, 72), (128, 112), (140, 176), (48, 60), (128, 148), (196, 240)],
 )
 def test_sm90_exact_data(
     sm90: Path,
@@ -543,6 +557,7 @@ def check_special(case: Case, outputs: list[Output], problem: Problem, special: 
         Case(64, 72, 9, BFLOAT16),  # padded columns
         Case(100, 136, 6, packed=False),
         Case(190, 152, 6),
+        Case(208, 232, 6),  # clusters
         Case(64, 76, 9, blocks=1),  # ragged tokens
         Case(112, 132, 6, BFLOAT16, packed=False),
     ],

@@ -9,20 +9,22 @@ namespace flatquant::sm90 {
 
 // A shape class: tokens of up to depth rows and cols columns. wgmma takes K in steps of 16, so
 // depth and cols are what real sizes round up to; its M of 64 pads the rows further, to row_tiles
-// tiles.
+// tiles of each block. Where one block cannot hold a token's accumulators, a cluster of two does.
 struct ShapeClass {
   int depth, cols;
-  constexpr int row_tiles() const { return (depth + 63) / 64; }
+  constexpr int blocks() const { return depth <= 192 ? 1 : 2; }
+  constexpr int row_tiles() const { return (depth + 64 * blocks() - 1) / (64 * blocks()); }
   constexpr bool holds(int rows, int n) const { return rows <= depth && n <= cols; }
 };
 
 // Every model's layer sizes with cols a multiple of 8 (tests/shapes.py), one for wide tokens and
 // one for ragged ones. A problem goes to the first that holds and serves it.
 inline constexpr ShapeClass shape_classes[] = {
-    {16, 16},   {16, 32},   {32, 32},   {32, 48},   {32, 64},   {48, 48},   {48, 64},   {64, 64},
-    {64, 80},   {64, 96},   {64, 112},  {64, 128},  {64, 192},  {80, 80},   {80, 96},   {80, 112},
-    {80, 128},  {96, 96},   {96, 112},  {96, 128},  {112, 128}, {128, 128}, {128, 144}, {128, 160},
-    {128, 176}, {128, 208}, {128, 224}, {128, 256}, {144, 192}, {160, 160}, {176, 176}, {192, 192}};
+    {16, 16},   {16, 32},   {32, 32},   {32, 48},   {32, 64},   {48, 48},   {48, 64},
+    {64, 64},   {64, 80},   {64, 96},   {64, 112},  {64, 128},  {64, 192},  {80, 80},
+    {80, 96},   {80, 112},  {80, 128},  {96, 96},   {96, 112},  {96, 128},  {112, 128},
+    {128, 128}, {128, 144}, {128, 160}, {128, 176}, {128, 208}, {128, 224}, {128, 256},
+    {144, 192}, {160, 160}, {176, 176}, {192, 192}, {208, 256}};
 constexpr int shape_class_count = sizeof(shape_classes) / sizeof(ShapeClass);
 
 template <int count>
@@ -50,22 +52,22 @@ constexpr bool has_ragged(ShapeClass shape) {
   return is_among(classes, shape);
 }
 
-// Whether the class serves a ragged problem that it holds. Half empty, it would be slower than
-// sm80.
-constexpr bool serves_ragged(ShapeClass shape, Dtype dtype, int rows, int cols) {
-  return dtype != Dtype::float32 && has_ragged(shape) && cols % 4 == 0 && rows * cols % 8 == 0 &&
-         2 * rows * cols >= shape.depth * shape.cols;
+// Whether the class serves a problem that it holds. Half empty, those of ragged tokens and those of
+// clusters would be slower than sm80.
+constexpr bool serves(ShapeClass shape, Dtype dtype, int rows, int cols) {
+  const bool is_half_full = 2 * rows * cols >= shape.depth * shape.cols;
+  if (is_ragged(cols)) {
+    return dtype != Dtype::float32 && has_ragged(shape) && cols % 4 == 0 && rows * cols % 8 == 0 &&
+           is_half_full;
+  }
+  return (dtype != Dtype::float32 || has_float32(shape)) && (shape.blocks() == 1 || is_half_full);
 }
 
 // Index into shape_classes, -1 where none serves the problem.
 constexpr int find_shape_class(Dtype dtype, int rows, int cols) {
   for (int i = 0; i < shape_class_count; ++i) {
     const ShapeClass shape = shape_classes[i];
-    if (!shape.holds(rows, cols)) continue;
-    if (is_ragged(cols) ? serves_ragged(shape, dtype, rows, cols)
-                        : dtype != Dtype::float32 || has_float32(shape)) {
-      return i;
-    }
+    if (shape.holds(rows, cols) && serves(shape, dtype, rows, cols)) return i;
   }
   return -1;
 }
@@ -73,7 +75,7 @@ constexpr int find_shape_class(Dtype dtype, int rows, int cols) {
 // Multiply-adds of a token in its class, the padded ones too.
 constexpr int work(Dtype dtype, int rows, int cols) {
   const ShapeClass shape = shape_classes[find_shape_class(dtype, rows, cols)];
-  return 64 * shape.row_tiles() * shape.cols * (shape.depth + shape.cols);
+  return 64 * shape.row_tiles() * shape.blocks() * shape.cols * (shape.depth + shape.cols);
 }
 
 constexpr bool serves(Dtype dtype, int rows, int cols) {
@@ -162,29 +164,37 @@ struct Config {
   static constexpr bool is_ragged = ragged_;
   static constexpr int depth = depth_;
   static constexpr int cols = cols_;
-  static constexpr int row_tiles = ShapeClass{depth, cols}.row_tiles();
+  static constexpr int blocks = ShapeClass{depth, cols}.blocks();        // of a cluster
+  static constexpr int row_tiles = ShapeClass{depth, cols}.row_tiles();  // of each
 
   static constexpr int groups = tokens_at_once(row_tiles, cols, parts);  // each on one token
   static constexpr int group_threads = row_tiles * 128;
   static constexpr int threads = groups * group_threads;
   static constexpr bool overlaps = !is_float32 && sm90::overlaps(row_tiles, cols);
 
-  // Shared memory: SharedStorage, then right, left and the ring of tokens, the parts of a matrix
-  // one after the other. A float32 token is split in place.
+  // A stage holds a token; where that leaves no room for a second one, some rows of it.
+  static constexpr int slice_rows = blocks == 1 ? depth : 16;
+  static constexpr int slices = depth / slice_rows;  // of a token
+  static_assert(slices * slice_rows == depth);
+
+  // Shared memory: SharedStorage, then right, left (what its rows of Y need) and the ring of
+  // slices, the parts of a matrix one after the other. A float32 token is split in place.
   static constexpr int width = Panel::width(cols);
   static constexpr int panel_cols = (cols + width - 1) / width * width;  // in whole panels
   static constexpr int right_bytes = (cols * panel_cols * 2 + 1023) / 1024 * 1024;
   static constexpr int left_bytes = depth * 64 * row_tiles * 2;
   static constexpr int part_bytes = depth * panel_cols * 2;  // of a token
-  // A token arrives in boxes of so many columns; a ragged one as it is.
+  // It arrives in boxes of so many columns; a ragged token as it is.
   static constexpr int box_cols = is_float32 ? cols : width;
-  static constexpr int token_bytes = depth * panel_cols * static_cast<int>(sizeof(Element));
+  static constexpr int boxes = (cols + box_cols - 1) / box_cols;
+  static constexpr int fillers = slices == 1 ? 1 : boxes;
+  static constexpr int slice_bytes = slice_rows * panel_cols * static_cast<int>(sizeof(Element));
   static_assert(!is_float32 || panel_cols == cols);
   // Two KiB where the stages are many.
-  static constexpr int right_offset = token_bytes <= 2048 ? 2048 : 1024;
+  static constexpr int right_offset = slice_bytes <= 2048 ? 2048 : 1024;
   static constexpr int left_offset = right_offset + parts * right_bytes;
   static constexpr int ring_offset = left_offset + parts * left_bytes;
-  static constexpr int stage_bytes = (token_bytes + 1023) / 1024 * 1024;
+  static constexpr int stage_bytes = (slice_bytes + 1023) / 1024 * 1024;
   static constexpr int stages_that_fit = (227 * 1024 - ring_offset) / stage_bytes;
   // Some 96 KiB in flight cover the latency of memory.
   static constexpr int max_stages = stage_bytes > 8192   ? 12
@@ -195,9 +205,9 @@ struct Config {
   static constexpr int stages = stages_wanted / groups * groups;
   // Where tokens in flight are few, a stage is filled again as soon as the first product has read
   // it; elsewhere that waits for a barrier that the group needs anyway.
-  static constexpr bool refills_early = stages == groups || overlaps;
+  static constexpr bool refills_early = stages == groups || overlaps || slices > 1;
   static constexpr int shared_bytes = ring_offset + stages * stage_bytes;
-  static_assert(stages >= 1);
+  static_assert(stages >= (slices == 1 ? 1 : 2));
 };
 
 }  // namespace flatquant::sm90

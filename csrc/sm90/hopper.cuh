@@ -12,6 +12,7 @@
 #define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
 #include <cutlass/arch/barrier.h>
 #include <cutlass/numeric_types.h>
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/arch/mma_sm90.hpp>
@@ -28,6 +29,17 @@ __device__ __forceinline__ unsigned char* dynamic_shared_memory() {
 
 __device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
   cutlass::arch::NamedBarrier::sync(static_cast<uint32_t>(threads), static_cast<uint32_t>(barrier));
+}
+
+// Waits for all threads of the cluster, and for what they have stored to each other's blocks.
+__device__ __forceinline__ void cluster_sync() { cute::cluster_sync(); }
+
+// Where an object in this block's shared memory lies in that of another block of the cluster.
+template <class Object>
+__device__ __forceinline__ Object* in_block(Object* object, int rank) {
+  uint64_t address;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(reinterpret_cast<uint64_t>(object)), "r"(rank));
+  return reinterpret_cast<Object*>(address);
 }
 
 // Ends the thread if the condition holds, without a branch that the compiler would know of.
@@ -173,6 +185,8 @@ __device__ __forceinline__ void wgmma_begin(Registers&... registers) {
   cute::warpgroup_arrive();
 }
 __device__ __forceinline__ void wgmma_commit() { cute::warpgroup_commit_batch(); }
+// For all but what was committed last.
+__device__ __forceinline__ void wgmma_wait_previous() { cute::warpgroup_wait<1>(); }
 template <int count>
 __device__ __forceinline__ void wgmma_wait(float (&d)[count]) {
   cute::warpgroup_wait<0>();

@@ -11,6 +11,9 @@
 // instead. Shared memory: barriers, token numbers and extremes, right, left and the ring, all
 // operands in the panel layout (config.h). One block stays on each SM. Bound by memory, or by
 // tensor cores where rows + cols is large.
+// Where one block cannot hold a token's accumulators, the two of a cluster have half of its rows of
+// Y each. The token arrives in slices of a few rows, which the first product takes one after the
+// other, and the blocks exchange their extremes.
 // float32: each matrix, times a power of two that brings it into float16's range, is the sum of two
 // float16 matrices (or rounded to one, see Config), and a product that of their products but for
 // the smallest. A token is split in place, by its group, once it has arrived. One whose Y lies so
@@ -34,13 +37,13 @@ namespace flatquant::sm90 {
 template <class Config>
 struct SharedStorage {
   static constexpr int group_warps = Config::group_threads / 32;
-  Mbarrier full[Config::stages];    // a token has arrived
-  uint32_t tokens[Config::stages];  // which one; past the last, there are no more
-  // Of each warp: max|Y|, or the extremes. Two sets, as a warp may be a token ahead of the slowest
-  // reader of the last one.
+  Mbarrier full[Config::stages];    // a token or a slice has arrived
+  uint32_t tokens[Config::stages];  // of which token; past the last, there are no more
+  // Of each warp that works on the token: max|Y|, or the extremes. Two sets, as a warp may be a
+  // token ahead of the slowest reader of the last one.
   union {
-    alignas(16) Magnitude magnitudes[2][Config::groups][group_warps];
-    alignas(16) Extremes extremes[2][Config::groups][group_warps];
+    alignas(16) Magnitude magnitudes[2][Config::groups][Config::blocks * group_warps];
+    alignas(16) Extremes extremes[2][Config::groups][Config::blocks * group_warps];
   };
   // For float32: of each warp, the largest magnitude of its part of a token; of the block, those of
   // left and right, as bits.
@@ -71,11 +74,9 @@ struct SharedMemory {
 template <class Config>
 class TokenSource {
  public:
-  // `first` is the group's first token, which its first stage gets.
-  __device__ TokenSource(const Problem& problem, uint32_t first)
-      : tokens_(static_cast<uint32_t>(problem.tokens)),
-        counter_(problem.counter),
-        position_(first + Config::groups * gridDim.x) {
+  // `next` is the token after those that the stages get at first.
+  __device__ TokenSource(const Problem& problem, uint32_t next)
+      : tokens_(static_cast<uint32_t>(problem.tokens)), counter_(problem.counter), position_(next) {
     // The fixed share is more than the stages hold and the next draws take before that barrier.
     const bool shares =
         counter_ != nullptr && tokens_ >= 2 * (Config::stages + Config::groups) * gridDim.x;
@@ -107,26 +108,45 @@ class TokenSource {
   uint32_t next_;
 };
 
-// Starts the copy of a token, if it exists, into a stage.
+// Starts the copy of a token, if it exists, or of a slice of it into a stage. Slices are copied by
+// one thread each of `fillers` warps.
 template <class Config>
 __device__ void fill(const CUtensorMap& input_map, const Problem& problem,
-                     const SharedMemory<Config>& shared, int stage, uint32_t token) {
+                     const SharedMemory<Config>& shared, int stage, uint32_t token, int slice = 0,
+                     int filler = 0) {
   using Element = typename Config::Element;
   const bool exists = token < problem.tokens;
+  const int bytes = Config::is_ragged ? problem.rows * problem.cols * 2 : Config::slice_bytes;
   Mbarrier* full = &shared.storage->full[stage];
-  shared.storage->tokens[stage] = token;
-  const int token_bytes = Config::is_ragged ? problem.rows * problem.cols * 2 : Config::token_bytes;
-  mbarrier_arrive_expect_bytes(full, exists ? token_bytes : 0);
+  if (filler == 0) {
+    shared.storage->tokens[stage] = token;
+    mbarrier_arrive_expect_bytes(full, exists ? bytes : 0);
+  }
   if (!exists) return;
   auto* panels = reinterpret_cast<Element*>(shared.ring + stage * Config::stage_bytes);
   if constexpr (Config::is_ragged) {
     const auto* input = static_cast<const Element*>(problem.input);
-    bulk_load(input + token * problem.input_stride, full, panels, token_bytes);
+    bulk_load(input + token * problem.input_stride, full, panels, bytes);
   } else {
+    const int row = slice * Config::slice_rows;
 #pragma unroll
-    for (int col = 0; col < Config::panel_cols; col += Config::box_cols) {
-      tma_load_3d(&input_map, full, panels + col * Config::depth, col, 0, static_cast<int>(token));
+    for (int i = 0; i < Config::boxes / Config::fillers; ++i) {
+      const int col = (filler + i * Config::fillers) * Config::box_cols;
+      tma_load_3d(&input_map, full, panels + col * Config::slice_rows, col, row,
+                  static_cast<int>(token));
     }
+  }
+}
+
+// The same for a slice, called by all threads of a block: one thread each of several warps issues a
+// box, as one for all would hold up the products for longer than they take.
+template <class Config>
+__device__ void fill_slice(const CUtensorMap& input_map, const Problem& problem,
+                           const SharedMemory<Config>& shared, int stage, uint32_t token,
+                           int slice) {
+  const int filler = threadIdx.x / 32;
+  if (threadIdx.x % 32 == 0 && filler < Config::fillers) {
+    fill(input_map, problem, shared, stage, token, slice, filler);
   }
 }
 
@@ -241,7 +261,14 @@ class RightFactor {
   uint32_t octets_[steps][4];  // eight columns of a row
 };
 
-// Starts copying the left factor to shared memory, asynchronously, padded with zeros.
+// The first of this block's rows of Y.
+template <class Config>
+__device__ __forceinline__ int block_row() {
+  return Config::blocks == 1 ? 0 : blockIdx.x % Config::blocks * 64 * Config::row_tiles;
+}
+
+// Starts copying this block's columns of the left factor to shared memory, asynchronously, padded
+// with zeros.
 template <class Config>
 __device__ void start_staging_left(const Problem& problem, const SharedMemory<Config>& shared) {
   using Element = typename Config::Element;
@@ -249,13 +276,15 @@ __device__ void start_staging_left(const Problem& problem, const SharedMemory<Co
   if (problem.left != nullptr && problem.left_repeats == 1 && problem.rows % 8 == 0) {
     const auto* left = static_cast<const Element*>(problem.left);
     for_each<Config, Config::depth, 8 * Config::row_tiles>([&](int k, int octet) {
-      const bool inside = k < problem.rows && 8 * octet < problem.rows;
+      const int m = block_row<Config>() + 8 * octet;
+      const bool inside = k < problem.rows && m < problem.rows;
       copy_async(&shared_left[left_offset<Config>(k, 8 * octet)],
-                 left + (inside ? k * problem.rows + 8 * octet : 0), inside);
+                 left + (inside ? k * problem.rows + m : 0), inside);
     });
   } else {
     for_each<Config, Config::depth, 64 * Config::row_tiles>([&](int k, int m) {
-      shared_left[left_offset<Config>(k, m)] = left_element<Element>(problem, k, m);
+      shared_left[left_offset<Config>(k, m)] =
+          left_element<Element>(problem, k, block_row<Config>() + m);
     });
   }
 }
@@ -339,20 +368,39 @@ __device__ int stage_split_factors(const Problem& problem, const SharedMemory<Co
   return left_exponent + right_exponent;
 }
 
-// What threads of a group have, reduced over it and the same in all of them; `all` has a place for
-// each of its warps.
+// Waits for all threads that work on the group's token.
+template <class Config>
+__device__ __forceinline__ void token_sync(int group) {
+  if constexpr (Config::blocks == 1) {
+    named_barrier_sync(group, Config::group_threads);
+  } else {
+    cluster_sync();
+  }
+}
+
+// What the threads that work on a token have, reduced and the same in all of them; `all` has a
+// place for each of their warps.
 template <class Config, class Reduced>
 __device__ Reduced reduce_group(const Reduced& own, Reduced* all, int group) {
   Reduced result = warp_reduce(own);
 
   constexpr int warps = Config::group_threads / 32;
-  if (threadIdx.x % 32 == 0) all[threadIdx.x / 32 % warps] = result;
-  named_barrier_sync(group, Config::group_threads);
+  if (threadIdx.x % 32 == 0) {
+    const int warp = threadIdx.x / 32 % warps;
+    if constexpr (Config::blocks == 1) {
+      all[warp] = result;
+    } else {
+      Reduced* const place = &all[blockIdx.x % Config::blocks * warps + warp];
+#pragma unroll
+      for (int rank = 0; rank < Config::blocks; ++rank) *in_block(place, rank) = result;
+    }
+  }
+  token_sync<Config>(group);
   struct alignas(16) Vector {
     Reduced values[16 / sizeof(Reduced)];
   };
 #pragma unroll
-  for (int i = 0; i < warps * static_cast<int>(sizeof(Reduced)) / 16; ++i) {
+  for (int i = 0; i < Config::blocks * warps * static_cast<int>(sizeof(Reduced)) / 16; ++i) {
     const Vector vector = reinterpret_cast<const Vector*>(all)[i];
     for (const Reduced& value : vector.values) result.include(value);
   }
@@ -455,18 +503,18 @@ __device__ __forceinline__ void for_each_product(Multiply multiply) {
   }
 }
 
-// Starts W = left^T @ X for 64 rows. Accumulator 4 * block + 2 * half + e of a lane is row lane / 4
-// + 8 * half of its warp's 16, column 8 * block + 2 * (lane % 4) + e.
+// Starts W = left^T @ X for 64 rows, or adds what a slice of X gives. Accumulator 4 * block + 2 *
+// half + e of a lane is row lane / 4 + 8 * half of its warp's 16, column 8 * block + 2 * (lane % 4)
+// + e.
 template <class Config>
-__device__ void start_first_product(float (&w)[Config::cols / 2], uint64_t left, uint64_t token) {
+__device__ void start_first_product(float (&w)[Config::cols / 2], uint64_t left, uint64_t slice,
+                                    bool accumulate = false) {
   using Operand = typename Config::Operand;
-  wgmma_begin(w);
-  bool accumulate = false;
   for_each_product<Config>([&](int a, int b) {
 #pragma unroll
-    for (int k = 0; k < Config::depth; k += 16) {
+    for (int k = 0; k < Config::slice_rows; k += 16) {
       wgmma<Operand, Config::cols>(w, advance(left, a * Config::left_bytes + k * 64 * 2),
-                                   advance(token, b * Config::part_bytes + k * Config::width * 2),
+                                   advance(slice, b * Config::part_bytes + k * Config::width * 2),
                                    accumulate);
       accumulate = true;
     }
@@ -559,7 +607,7 @@ __device__ void epilogue(float (&y)[Config::cols / 2], const Problem& problem,
   };
   const auto store = [&](const auto& values, const Reduced<outputs>& reduced) {
     store_token<outputs, true>(
-        problem, token, reduced, ratios, threadIdx.x % Config::group_threads < 32,
+        problem, token, reduced, ratios, thread.first_row < 16,
         [&](auto use) { with_store<Config, outputs>(values, problem, token, thread, use); },
         [&] { store_transformed<Config::cols, outputs>(values, problem, token, thread); });
   };
@@ -570,7 +618,7 @@ __device__ void epilogue(float (&y)[Config::cols / 2], const Problem& problem,
     float exact[Config::cols / 2];
     exact_transform<typename Config::Element, outputs>(exact, problem, token, thread);
     const Reduced<outputs> reduced_exact = reduce_token(exact, set ^ 1);
-    named_barrier_sync(group, Config::group_threads);  // all have read this set
+    token_sync<Config>(group);  // all have read this set
     store(exact, reduced_exact);
   } else {
     store(y, reduced);
@@ -583,11 +631,11 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
                      int factor_exponents) {
   const int warpgroup = warp_uniform(threadIdx.x / 128);
   const int group = warpgroup / Config::row_tiles, row_tile = warpgroup % Config::row_tiles;
-  const ThreadRows thread{
-      64 * row_tile + static_cast<int>(threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4),
-      static_cast<int>(threadIdx.x % 4)};
+  const ThreadRows thread{block_row<Config>() + 64 * row_tile +
+                              static_cast<int>(threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4),
+                          static_cast<int>(threadIdx.x % 4)};
   constexpr auto swizzle = static_cast<Swizzle>(Config::width * 2);
-  constexpr int panel_bytes = Config::depth * Config::width * 2;
+  constexpr int panel_bytes = Config::slice_rows * Config::width * 2;
   const uint64_t left = wgmma_descriptor(shared.left + row_tile * Config::depth * 128,
                                          Swizzle::bytes128, Config::depth * 128);
   const uint64_t right = wgmma_descriptor(shared.right, swizzle, Config::cols * Config::width * 2);
@@ -614,38 +662,64 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
     }
     return token;
   };
-  const auto multiply = [&] {
+  const auto next_stage = [&] {
+    stage += Config::groups;
+    if (stage >= Config::stages) {
+      stage = group;
+      parity ^= 1;
+    }
+  };
+  const auto multiply = [&](uint32_t token) {
+    wgmma_begin(w);
     start_first_product<Config>(w, left, advance(ring, stage * Config::stage_bytes));
+#pragma unroll 1
+    for (int slice = 1; slice < Config::slices; ++slice) {
+      const int used = stage;
+      next_stage();
+      mbarrier_wait(&shared.storage->full[stage], parity);
+      wgmma_begin();
+      start_first_product<Config>(w, advance(left, slice * Config::slice_rows * 64 * 2),
+                                  advance(ring, stage * Config::stage_bytes), true);
+      // The next token's slices wait until this one's are read.
+      const int next_slice = slice - 1 + Config::stages;
+      if (next_slice < Config::slices) {
+        wgmma_wait_previous();
+        named_barrier_sync(group, Config::group_threads);
+        fill_slice(input_map, problem, shared, used, token, next_slice);
+      }
+    }
   };
   // A thread ends where there is no token. Its number is known ahead of the token, so that product
   // 1 does not wait for it.
   exit_if(shared.storage->tokens[stage] >= problem.tokens);
   uint32_t token = arrive();
-  multiply();
+  multiply(token);
   int set = 0;
   while (true) {
     wgmma_wait(w);
     if (overlaps && token >= problem.tokens) break;
     const int used = stage;
     const auto refill = [&] {
-      if (threadIdx.x % Config::group_threads == 0) {
+      if constexpr (Config::slices > 1) {
+        for (int i = 0; i < Config::stages; ++i) {
+          fill_slice(input_map, problem, shared, (used + 1 + i) % Config::stages,
+                     token + gridDim.x / Config::blocks, i);
+        }
+      } else if (threadIdx.x % Config::group_threads == 0) {
         fill(input_map, problem, shared, used, source.take());
       }
     };
     if constexpr (Config::refills_early) {
       named_barrier_sync(group, Config::group_threads);
-      refill();
+      if constexpr (Config::slices == 1 || is_y) refill();
     }
-    stage += Config::groups;
-    if (stage >= Config::stages) {
-      stage = group;
-      parity ^= 1;
-    }
+    next_stage();
     float (&result)[Config::cols / 2] = is_y ? w : y;
     uint32_t next;
     if constexpr (!is_y) {
       second_product<Config>(y, w, right, [&] {
         if constexpr (cuts_early) next = arrive();
+        if constexpr (Config::slices > 1) refill();
       });
     }
     float least = 0.0f;
@@ -654,7 +728,7 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
     }
     if constexpr (overlaps) {
       if constexpr (!cuts_early) next = arrive();
-      multiply();
+      multiply(next);
     }
     uint32_t number;  // of the token in the next stage
     epilogue<Config, outputs>(result, problem, shared, token, thread, group, set, ratios, least,
@@ -666,7 +740,7 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
     if constexpr (!overlaps) {
       exit_if(number >= problem.tokens);
       next = arrive();
-      multiply();
+      multiply(next);
     }
     token = next;
   }
@@ -678,16 +752,27 @@ __global__ void __launch_bounds__(Config::threads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
   const SharedMemory<Config> shared(dynamic_shared_memory());
   const int group = threadIdx.x / Config::group_threads;
-  const uint32_t first = blockIdx.x + group * gridDim.x;
-  const bool fills = threadIdx.x % Config::group_threads == 0;
-  // The first tokens are asked for at once, the others after the factors.
-  if (fills) {
+  const uint32_t first = blockIdx.x / Config::blocks + group * (gridDim.x / Config::blocks);
+  const uint32_t step = Config::groups * (gridDim.x / Config::blocks);
+  // One thread asks for the group's first token at once; one of another warp, so that neither warp
+  // is late with its share of the factors, for the next ones, after those.
+  const int group_thread = threadIdx.x % Config::group_threads;
+  if (group_thread == 0) {
     if constexpr (!Config::is_ragged) tma_prefetch_map(&input_map);
-    for (int stage = group; stage < Config::stages; stage += Config::groups) {
+    mbarrier_init(&shared.storage->full[group], 1);
+    mbarrier_init_fence();
+    if constexpr (Config::slices == 1) fill(input_map, problem, shared, group, first);
+  } else if (group_thread == 32) {
+    for (int stage = group + Config::groups; stage < Config::stages; stage += Config::groups) {
       mbarrier_init(&shared.storage->full[stage], 1);
     }
     mbarrier_init_fence();
-    fill(input_map, problem, shared, group, first);
+  }
+  if constexpr (Config::slices > 1) {
+    __syncthreads();
+    for (int stage = 0; stage < Config::stages; ++stage) {
+      fill_slice(input_map, problem, shared, stage, first, stage);
+    }
   }
   int factor_exponents = 0;
   RightFactor<Config> right;
@@ -697,16 +782,22 @@ __global__ void __launch_bounds__(Config::threads, 1)
     right.load(problem);
     start_staging_left(problem, shared);
   }
-  TokenSource<Config> source(problem, first);
-  if (fills) {
+  TokenSource<Config> source(problem, first + Config::stages / Config::groups * step);
+  if constexpr (!Config::is_float32) right.store(problem, shared);
+  if (Config::slices == 1 && group_thread == 32) {
+    uint32_t token = first;
     for (int stage = group + Config::groups; stage < Config::stages; stage += Config::groups) {
-      fill(input_map, problem, shared, stage, source.take());
+      token += step;
+      fill(input_map, problem, shared, stage, token);
     }
   }
-  if constexpr (!Config::is_float32) right.store(problem, shared);
   copy_async_wait();
   fence_proxy_async();
-  __syncthreads();
+  if constexpr (Config::blocks == 1) {
+    __syncthreads();
+  } else {
+    cluster_sync();
+  }
   work<Config, outputs>(input_map, problem, shared, source, factor_exponents);
 #endif
 }

@@ -35,8 +35,8 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder(const Problem& probl
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(encoder);
 }
 
-// Input as (tokens, rows, cols), cols innermost; a box is one panel of one token. Ragged tokens
-// need none.
+// Input as (tokens, rows, cols), cols innermost; a box is one panel of a slice. Ragged tokens need
+// none.
 template <class Config>
 CUtensorMap make_input_map(const Problem& problem) {
   if constexpr (Config::is_ragged) return {};
@@ -54,7 +54,7 @@ CUtensorMap make_input_map(const Problem& problem) {
                               static_cast<cuuint64_t>(problem.tokens)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(problem.cols) * sizeof(Element),
                                 static_cast<cuuint64_t>(problem.input_stride) * sizeof(Element)};
-  const cuuint32_t box[] = {Config::box_cols, Config::depth, 1};
+  const cuuint32_t box[] = {Config::box_cols, Config::slice_rows, 1};
   const cuuint32_t steps[] = {1, 1, 1};
   CUtensorMap map;
   const CUresult result = tensor_map_encoder(problem)(
@@ -76,9 +76,18 @@ void launch_kernel(const Problem& problem, cudaStream_t stream) {
                            Config::shared_bytes),
       "sm90", problem);
   const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, "sm90", problem);
-  const auto blocks = static_cast<unsigned>(std::min(problem.tokens, multiprocessors));
-  kernel<Config, outputs><<<blocks, Config::threads, Config::shared_bytes, stream>>>(map, problem);
-  check_cuda(cudaGetLastError(), "sm90", problem);
+  const int64_t clusters = std::min(problem.tokens, multiprocessors / Config::blocks);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(clusters * Config::blocks));
+  config.blockDim = dim3(Config::threads);
+  config.dynamicSmemBytes = Config::shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {Config::blocks, 1, 1};
+  config.attrs = &cluster;
+  config.numAttrs = Config::blocks > 1 ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kernel<Config, outputs>, map, problem), "sm90", problem);
 }
 
 // Launches class `index` if it is the problem's; only classes of `row_tiles` are instantiated.

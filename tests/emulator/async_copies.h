@@ -25,7 +25,7 @@ class AsyncCopies {
     if (reinterpret_cast<uintptr_t>(global) % bytes != 0) {
       fail("cp.async from %p, not aligned to %d bytes", global, bytes);
     }
-    unsigned char* const target = machine().shared.generic_view(to, bytes);
+    unsigned char* const target = machine().shared().generic_view(to, bytes);
     std::memset(target, poison, bytes);
     ThreadState& thread = self();
     ++thread.open.count;

@@ -1,6 +1,7 @@
 // Does the emulator notice mistakes? check_emulator MISTAKE runs a small kernel that makes it: one
 // warpgroup multiplies two 64 x 64 matrices that another warp has had copied to shared memory.
-// The exit status is 0 only if the product is right; a broken rule has its message.
+// Then the two blocks of a cluster give each other a number. The exit status is 0 only if the
+// product and the numbers are right; a broken rule has its message.
 #include <cmath>
 #include <string>
 
@@ -68,12 +69,25 @@ static void kernel(const CUtensorMap& map_a, const CUtensorMap& map_b) {
     const uint64_t b_k = advance(wgmma_descriptor(b, Swizzle::bytes128, 0), (k + other) * 128);
     wgmma<__half, size>(d, a_k, b_k, k > 0);
     if (makes("write to accumulators")) d[5] = 0.0f;
+    if (!makes("no commit")) wgmma_commit();
+    wgmma_wait_previous();
   }
   if (makes("early use")) store_product(d);
   if (makes("no wait for wgmma")) return;
-  if (!makes("no commit")) wgmma_commit();
-  wgmma_wait(d);
+  if (!makes("no wait for the last wgmma")) wgmma_wait(d);
   if (!makes("early use")) store_product(d);
+}
+
+static int given[2];
+
+static void cluster_kernel() {
+  int* const number = reinterpret_cast<int*>(dynamic_shared_memory());
+  const int rank = static_cast<int>(blockIdx.x);
+  if (makes("block ended") && rank == 0) return;
+  if (threadIdx.x == 5) *in_block(number, makes("no such block") ? 2 : 1 - rank) = rank;
+  if (makes("part of a cluster") && threadIdx.x >= 32) return;
+  if (!makes("no cluster barrier")) cluster_sync();
+  if (threadIdx.x == 0) given[rank] = *number;
 }
 
 static float element(int matrix, int k, int col) { return (k * 7 + col * (matrix + 3)) % 11 - 5; }
@@ -109,6 +123,11 @@ int main(int argument_count, char** arguments) {
         if (product[row][col] != expected) emulator::fail("wrong product with seed %d", seed);
       }
     }
+  }
+  for (int seed = 0; seed < 50; ++seed) {
+    given[0] = given[1] = -1;
+    machine.launch(dim3(2), dim3(64), 16, seed, cluster_kernel, 2);
+    if (given[0] != 1 || given[1] != 0) emulator::fail("wrong number with seed %d", seed);
   }
   return 0;
 }

@@ -1,6 +1,6 @@
-// Runs CUDA kernels on the host, one block after another. The threads of a block are fibers of one
-// operating-system thread, which switch where they synchronise; which one goes on is a
-// pseudo-random choice, so that a seed names an interleaving and many seeds explore them. Work of
+// Runs CUDA kernels on the host, one cluster of blocks after another. The threads of a cluster are
+// fibers of one operating-system thread, which switch where they synchronise; which one goes on is
+// a pseudo-random choice, so that a seed names an interleaving and many seeds explore them. Work of
 // asynchronous units (copy engine, tensor cores) is an event that happens at a random point, late
 // or early. What breaks a rule ends the process with a message, and so does a deadlock.
 #pragma once
@@ -50,6 +50,7 @@ namespace emulator {
 constexpr int warp_size = 32;
 constexpr int warpgroup_size = 128;
 constexpr int shared_limit = 227 * 1024;
+constexpr int max_cluster = 2;
 constexpr unsigned char poison = 0xff;  // NaN in every floating-point type
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -109,6 +110,10 @@ class SharedMemory {
     check(address, count);
     return generic_ + address;
   }
+  // What lies there in the memory of another block of the cluster.
+  void* counterpart(const SharedMemory& other, const void* pointer) const {
+    return other.generic_ + address(pointer);
+  }
   void publish() { std::memcpy(async_ + reserved, generic_ + reserved, bytes_); }
 
   void check_guards() const {
@@ -141,7 +146,7 @@ class SharedMemory {
 
 using WaitQueue = std::vector<int>;  // threads
 
-// bar.sync: hardware barrier of one block.
+// bar.sync: hardware barrier of one block, or of a cluster.
 struct Barrier {
   int threads = 0;  // that take part, 0 between uses
   int arrived = 0;
@@ -169,8 +174,6 @@ struct Thread {
 
 class Machine {
  public:
-  SharedMemory shared;
-
   Machine() {
     // On a stack of its own: the reason may be that a fiber's is full.
     static unsigned char signal_stack[64 * 1024];
@@ -185,36 +188,53 @@ class Machine {
     sigaction(SIGBUS, &action, nullptr);
   }
 
-  // Calls `body` in every thread of every block; the blocks run one after another, in any order.
+  // Calls `body` in every thread of every block; the clusters, of so many blocks along x, run one
+  // after another, in any order.
   void launch(dim3 grid, dim3 block, int shared_bytes, uint64_t seed,
-              const std::function<void()>& body) {
+              const std::function<void()>& body, int cluster = 1) {
     threads_ = block.x * block.y * block.z;
-    if (threads_ < 1 || threads_ > 1024) fail("a block of %d threads", threads_);
+    cluster_ = cluster;
+    if (threads_ < 1 || threads_ * cluster > 1024) fail("blocks of %d threads", threads_);
     if (shared_bytes > shared_limit) fail("%d bytes of shared memory", shared_bytes);
+    if (cluster > max_cluster || grid.x % cluster != 0) fail("clusters of %d blocks", cluster);
+    if (cluster > 1 && threads_ % warp_size != 0) fail("a cluster of partial warps");
     gridDim = grid;
     blockDim = block;
     body_ = &body;
     random_ = Random(seed);
-    const unsigned blocks = grid.x * grid.y * grid.z;
-    std::vector<unsigned> order(blocks);
-    for (unsigned i = 0; i < blocks; ++i) order[i] = i;
+    std::vector<unsigned> order(grid.x * grid.y * grid.z / cluster);
+    for (unsigned i = 0; i < order.size(); ++i) order[i] = i * cluster;
     while (!order.empty()) {
       const unsigned i = block_number_ = take(order);
       block_ = uint3{i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
-      shared.reset(shared_bytes);
-      run_block();
-      shared.check_guards();
+      for (int rank = 0; rank < cluster; ++rank) memories_[rank].reset(shared_bytes);
+      run_cluster();
+      for (int rank = 0; rank < cluster; ++rank) memories_[rank].check_guards();
     }
   }
 
+  // The number of the thread that runs, in the cluster; those of all its blocks, and of one.
   int thread() const { return current_; }
+  int cluster_threads() const { return cluster_ * threads_; }
   int threads() const { return threads_; }
+  // That of the block whose thread or event this is.
+  SharedMemory& shared() { return memories_[rank_]; }
+  void* counterpart(const void* pointer, int rank) {
+    if (rank < 0 || rank >= cluster_) fail("block %d of a cluster of %d", rank, cluster_);
+    bool runs = false;
+    for (int i = 0; i < threads_; ++i) runs = runs || !pool_[rank * threads_ + i].done;
+    if (!runs) fail("the shared memory of a block that has ended");
+    return shared().counterpart(memories_[rank], pointer);
+  }
   Thread& self() { return pool_[current_]; }
   Random& random() { return random_; }
 
   // An action of an asynchronous unit, some time later; if `late`, when nothing else can happen.
   void post(std::function<void()> event, bool late = false) {
-    events_[late].push_back(std::move(event));
+    events_[late].push_back([this, rank = rank_, event = std::move(event)] {
+      rank_ = rank;
+      event();
+    });
   }
 
   // Lets others run.
@@ -243,29 +263,15 @@ class Machine {
     if (threads % warp_size != 0 || threads < 1 || threads > threads_) {
       fail("barrier %d for %d threads", id, threads);
     }
-    Barrier& barrier = barriers_[id];
-    if (barrier.threads == 0) barrier.threads = threads;
-    if (barrier.threads != threads) {
-      fail("barrier %d for %d threads, others wait at it as %d", id, threads, barrier.threads);
-    }
-    const int generation = barrier.generation;
-    if (++barrier.arrived == threads) {
-      barrier.threads = barrier.arrived = 0;
-      ++barrier.generation;
-      notify(barrier.queue);
-    }
-    wait(
-        barrier.queue,
-        [&] {
-          return format("barrier %d: %d of %d arrived", id, barrier.arrived, barrier.threads);
-        },
-        [&] { return barrier.generation != generation; });
+    sync(barriers_[rank_][id], id, threads);
   }
+  // barrier.cluster
+  void cluster_sync() { sync(cluster_barrier_, -1, cluster_threads()); }
 
   // Every lane of `mask` gives a value and gets all of them.
   const uint32_t* exchange(uint32_t mask, uint32_t value, const char* name) {
     const int lane = current_ % warp_size;
-    const int lanes = threads_ - current_ / warp_size * warp_size;
+    const int lanes = cluster_threads() - current_ / warp_size * warp_size;
     Warp& warp = warps_[current_ / warp_size];
     if (!(mask >> lane & 1)) fail("%s by lane %d outside its mask %#x", name, lane, mask);
     if (lanes < warp_size && mask >> lanes != 0) fail("%s with lanes that do not exist", name);
@@ -290,21 +296,41 @@ class Machine {
 
   std::string where() const {
     if (current_ < 0) return format("block %u", block_number_);
-    return format("block %u, thread %d", block_number_, current_);
+    return format("block %u, thread %d", block_number_ + rank_, current_ - rank_ * threads_);
   }
 
-  // Called when a block starts and when it has ended.
+  // Called when a cluster starts and when it has ended.
   std::function<void()> block_starts = [] {}, block_ended = [] {};
 
  private:
   static constexpr size_t stack_bytes = 128 * 1024;
 
-  void run_block() {
-    for (Barrier& barrier : barriers_) barrier = Barrier();
+  void sync(Barrier& barrier, int id, int threads) {
+    if (barrier.threads == 0) barrier.threads = threads;
+    if (barrier.threads != threads) {
+      fail("barrier %d for %d threads, others wait at it as %d", id, threads, barrier.threads);
+    }
+    const int generation = barrier.generation;
+    if (++barrier.arrived == threads) {
+      barrier.threads = barrier.arrived = 0;
+      ++barrier.generation;
+      notify(barrier.queue);
+    }
+    wait(
+        barrier.queue,
+        [&] {
+          return format("barrier %d: %d of %d arrived", id, barrier.arrived, barrier.threads);
+        },
+        [&] { return barrier.generation != generation; });
+  }
+
+  void run_cluster() {
+    for (auto& barriers : barriers_) std::fill(std::begin(barriers), std::end(barriers), Barrier());
+    cluster_barrier_ = Barrier();
     for (Warp& warp : warps_) warp = Warp();
     redraw();
     block_starts();
-    for (int i = 0; i < threads_; ++i) {
+    for (int i = 0; i < cluster_threads(); ++i) {
       Thread& thread = pool_[i];
       if (!thread.stack) thread.stack = new_stack();
       thread.done = false;
@@ -315,7 +341,7 @@ class Machine {
       makecontext(&thread.context, enter, 0);
       ready(i);
     }
-    alive_ = threads_;
+    alive_ = cluster_threads();
     schedule();
     block_ended();
   }
@@ -341,9 +367,11 @@ class Machine {
 
   void resume(int thread) {
     current_ = thread;
-    const unsigned i = static_cast<unsigned>(thread);
+    rank_ = thread / threads_;
+    const unsigned i = static_cast<unsigned>(thread % threads_);
     threadIdx = uint3{i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     blockIdx = block_;
+    blockIdx.x += static_cast<unsigned>(rank_);
     swapcontext(&scheduler_, &pool_[thread].context);
     current_ = -1;
     if (pool_[thread].done) --alive_;
@@ -380,7 +408,7 @@ class Machine {
 
   [[noreturn]] void report_deadlock() {
     std::map<std::string, std::vector<int>> waiting;
-    for (int i = 0; i < threads_; ++i) {
+    for (int i = 0; i < cluster_threads(); ++i) {
       if (!pool_[i].done) waiting[(*pool_[i].waits_for)()].push_back(i);
     }
     std::string report = "deadlock";
@@ -405,7 +433,9 @@ class Machine {
   static constexpr int max_warps = 32;
   Thread pool_[max_warps * warp_size];
   Warp warps_[max_warps];
-  Barrier barriers_[16];
+  Barrier barriers_[max_cluster][16];
+  Barrier cluster_barrier_;
+  SharedMemory memories_[max_cluster];
   bool slow_[max_warps] = {};
   std::vector<int> ready_[2];                     // of quick and of slow warps
   std::vector<std::function<void()>> events_[2];  // and late ones
@@ -414,7 +444,7 @@ class Machine {
   Random random_{0};
   uint3 block_ = {};
   unsigned block_number_ = 0;
-  int threads_ = 0, alive_ = 0, current_ = -1;
+  int threads_ = 0, cluster_ = 1, alive_ = 0, current_ = -1, rank_ = 0;
   int steps_until_redraw_ = 0;
   uint32_t event_chance_ = 0;
 };
@@ -442,7 +472,7 @@ inline void fail(const char* pattern, ...) {
   std::_Exit(1);
 }
 
-inline uint32_t shared_address(const void* pointer) { return machine().shared.address(pointer); }
+inline uint32_t shared_address(const void* pointer) { return machine().shared().address(pointer); }
 
 }  // namespace emulator
 

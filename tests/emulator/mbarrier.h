@@ -25,13 +25,13 @@ class Mbarriers {
     const uint32_t address = shared_address(object);
     if (address % 8 != 0) fail("mbarrier at %#x is not aligned to 8 bytes", address);
     if (count < 1 || count >= 1 << 20) fail("mbarrier for %d arrivals", count);
-    if (objects_.count(address)) fail("mbarrier at %#x is initialised twice", address);
-    objects_[address].initialised_by = machine().thread();
+    if (objects_.count(object)) fail("mbarrier at %#x is initialised twice", address);
+    objects_[object].initialised_by = machine().thread();
     store(object, {0, static_cast<uint64_t>(count), static_cast<uint64_t>(count), 0, 0});
   }
   // fence.mbarrier_init
   void init_fence() {
-    for (auto& [address, object] : objects_) {
+    for (auto& [at, object] : objects_) {
       if (object.initialised_by == machine().thread()) object.visible_to_async = true;
     }
   }
@@ -81,7 +81,7 @@ class Mbarriers {
   };
 
   Object& find(uint64_t* object) {
-    const auto found = objects_.find(shared_address(object));
+    const auto found = objects_.find(object);
     if (found == objects_.end()) {
       fail("no mbarrier was initialised at %#x", shared_address(object));
     }
@@ -116,7 +116,7 @@ class Mbarriers {
     if (complete) machine().notify(find(object).queue);
   }
 
-  std::map<uint32_t, Object> objects_;  // by address
+  std::map<const uint64_t*, Object> objects_;
 };
 
 inline Mbarriers& mbarriers() {

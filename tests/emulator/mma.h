@@ -15,7 +15,7 @@ inline void ldmatrix_transposed(uint32_t (&d)[4], const void* shared) {
     for (int i = 0; i < 2; ++i) {
       const uint32_t row = rows[8 * matrix + 2 * (lane % 4) + i];
       if (row % 16 != 0) fail("ldmatrix of a row at %#x, not aligned to 16 bytes", row);
-      const unsigned char* element = machine().shared.generic_view(row, 16) + lane / 4 * 2;
+      const unsigned char* element = machine().shared().generic_view(row, 16) + lane / 4 * 2;
       std::memcpy(reinterpret_cast<unsigned char*>(&d[matrix]) + 2 * i, element, 2);
     }
   }

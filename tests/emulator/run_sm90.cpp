@@ -18,7 +18,7 @@ CUtensorMap make_input_map(const Problem& problem) {
                              static_cast<const unsigned char*>(problem.input),
                              {size(problem.cols), size(problem.rows), size(problem.tokens)},
                              {size(problem.cols * element), size(problem.input_stride * element)},
-                             {Config::box_cols, Config::depth, 1},
+                             {Config::box_cols, Config::slice_rows, 1},
                              element,
                              Config::is_float32 ? 0 : Config::width * 2}
       .encode();
@@ -28,8 +28,9 @@ template <class Class, Outputs outputs>
 void launch_class(const Problem& problem, unsigned blocks, uint64_t seed) {
   const CUtensorMap map = make_input_map<Class>(problem);
   emulator::attach_sm90();
-  emulator::machine().launch(dim3(blocks), dim3(Class::threads), Class::shared_bytes, seed,
-                             [&] { kernel<Class, outputs>(map, problem); });
+  emulator::machine().launch(
+      dim3(blocks * Class::blocks), dim3(Class::threads), Class::shared_bytes, seed,
+      [&] { kernel<Class, outputs>(map, problem); }, Class::blocks);
 }
 
 template <class Element, int index>

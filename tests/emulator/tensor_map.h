@@ -70,7 +70,7 @@ inline void tma_load(const CUtensorMap* encoded, uint64_t* barrier, void* destin
   const uint32_t bytes = row_bytes * map.box[1] * map.box[2];
   const uint32_t to = shared_address(destination);
   if (to % 128 != 0) fail("copy to %#x, not aligned to 128 bytes", to);
-  SharedMemory& shared = machine().shared;
+  SharedMemory& shared = machine().shared();
   std::memset(shared.generic_view(to, bytes), poison, bytes);
   std::memset(shared.async_view(to, bytes), poison, bytes);
 
@@ -109,7 +109,7 @@ inline void bulk_load(const void* from, uint64_t* barrier, void* destination, ui
   if (to % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0) {
     fail("bulk copy of %u bytes from %p to %#x, not all multiples of 16", bytes, from, to);
   }
-  SharedMemory& shared = machine().shared;
+  SharedMemory& shared = machine().shared();
   std::memset(shared.generic_view(to, bytes), poison, bytes);
   std::memset(shared.async_view(to, bytes), poison, bytes);
   auto copy = [=, &shared] {

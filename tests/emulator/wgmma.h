@@ -75,7 +75,19 @@ class Wgmma {
 
   // wgmma.commit_group
   void commit() {
-    for (Part& part : self().chains) part.committed = part.issued;
+    for (Part& part : self().chains) {
+      part.committed_before = part.committed;
+      part.committed = part.issued;
+    }
+  }
+
+  // wgmma.wait_group 1: for all that the thread has committed but the last group, which must be on
+  // the same accumulators, so that those stay in flight.
+  void wait_previous() {
+    ThreadState& thread = self();
+    if (thread.chains.size() != 1) fail("waited for one of several chains of wgmma");
+    const Part& part = thread.chains[0];
+    wait_for(part, part.committed_before);
   }
 
   // wgmma.wait_group 0: for all that the thread has committed. `d` are the accumulators that the
@@ -86,15 +98,8 @@ class Wgmma {
       if (part.committed == 0) continue;
       if (part.d != d) fail("waited for wgmma whose accumulators are not named");
       Chain& chain = *part.chain;
-      const int lane = machine().thread() % warpgroup_size, quarter = lane / warp_size;
-      const size_t& executed = chain.executed[quarter];
-      machine().wait(
-          chain.queues[quarter],
-          [&] {
-            return format("wgmma: %zu of %zu done, %d threads of the warp issued the next",
-                          executed, part.committed, chain.operations[executed].issued[quarter]);
-          },
-          [&] { return executed >= part.committed; });
+      const int lane = machine().thread() % warpgroup_size;
+      wait_for(part, part.committed);
       if (part.committed < part.issued) continue;
       check_in_flight(part);
       for (const Entry& entry : chain.operations) {
@@ -137,7 +142,7 @@ class Wgmma {
   struct Part {
     std::shared_ptr<Chain> chain;
     float* d;
-    size_t issued = 0, committed = 0;
+    size_t issued = 0, committed = 0, committed_before = 0;
   };
   struct Fenced {
     Fenced(const void* registers, size_t bytes)
@@ -157,11 +162,25 @@ class Wgmma {
   static int row(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8; }
   static int column(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
 
+  static void wait_for(const Part& part, size_t operations) {
+    Chain& chain = *part.chain;
+    const int quarter = machine().thread() % warpgroup_size / warp_size;
+    const size_t& executed = chain.executed[quarter];
+    machine().wait(
+        chain.queues[quarter],
+        [&] {
+          return format("wgmma: %zu of %zu done, %d threads of the warp issued the next", executed,
+                        operations, chain.operations[executed].issued[quarter]);
+        },
+        [&] { return executed >= operations; });
+  }
+
   ThreadState& self() { return threads_[machine().thread()]; }
   Warp& own_warp() { return warps_[machine().thread() / warp_size]; }
   Warpgroup& own_group() {
     const int group = machine().thread() / warpgroup_size;
-    if ((group + 1) * warpgroup_size > machine().threads()) fail("wgmma in a partial warpgroup");
+    if ((group + 1) * warpgroup_size > machine().cluster_threads())
+      fail("wgmma in a partial warpgroup");
     return groups_[group];
   }
 
@@ -225,7 +244,7 @@ class Wgmma {
     const uint32_t address =
         matrix.start + panel * matrix.leading + k / 8 * matrix.stride + k % 8 * span + in_span;
     uint16_t bits;
-    std::memcpy(&bits, machine().shared.async_view(swizzle(address, span), 2), 2);
+    std::memcpy(&bits, machine().shared().async_view(swizzle(address, span), 2), 2);
     return bits;
   }
 

@@ -8,6 +8,10 @@ extern "C" __global__ void named_barrier(int* out) {
   named_barrier_sync(3, 96);
   *out = 1;
 }
+extern "C" __global__ void cluster(unsigned* shared) {
+  *in_block(shared, 1) = 2;
+  cluster_sync();
+}
 extern "C" __global__ void early_end(int* out, bool condition) {
   exit_if(condition);
   *out = 1;
@@ -34,6 +38,7 @@ extern "C" __global__ void products(float* out, uint64_t a, uint64_t b) {
   wgmma<__half, 24>(d, a, b, false);
   wgmma<__nv_bfloat16, 24>(d, registers, b, true);
   wgmma_commit();
+  wgmma_wait_previous();
   wgmma_wait(d);
   for (int i = 0; i < 12; ++i) out[i] = d[i];
 }

@@ -50,7 +50,7 @@ struct Atom<64> {
 // tiles of `tile_cols` x 16.
 template <int width, int cols, int tile_cols, int depth>
 void check_matrix() {
-  emulator::SharedMemory& memory = emulator::machine().shared;
+  emulator::SharedMemory& memory = emulator::machine().shared();
   memory.reset(cols * depth * 2);
   auto* base = reinterpret_cast<half_t*>(memory.dynamic());
   const auto layout =
@@ -91,9 +91,10 @@ void check_classes(std::integer_sequence<int, indices...>) {
     constexpr ShapeClass shape = shape_classes[index];
     constexpr int width = Panel::width(shape.cols);
     constexpr int panel_cols = (shape.cols + width - 1) / width * width;
-    check_matrix<width, panel_cols, panel_cols, shape.cols>();    // right
-    check_matrix<width, panel_cols, panel_cols, shape.depth>();   // token
-    check_matrix<64, 64 * shape.row_tiles(), 64, shape.depth>();  // left
+    check_matrix<width, panel_cols, panel_cols, shape.cols>();  // right
+    using Class = Config<__half, __half, shape.depth, shape.cols>;
+    check_matrix<width, panel_cols, panel_cols, Class::slice_rows>();  // token, or a slice of it
+    check_matrix<64, 64 * shape.row_tiles(), 64, shape.depth>();       // left
   };
   (check(std::integral_constant<int, indices>()), ...);
 }

@@ -7,7 +7,7 @@
 
 namespace flatquant::sm80 {
 
-inline unsigned char* dynamic_shared_memory() { return emulator::machine().shared.dynamic(); }
+inline unsigned char* dynamic_shared_memory() { return emulator::machine().shared().dynamic(); }
 
 inline void named_barrier_sync(int barrier, int threads) {
   emulator::machine().barrier_sync(barrier, threads);

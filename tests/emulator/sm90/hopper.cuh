@@ -10,10 +10,16 @@
 
 namespace flatquant::sm90 {
 
-inline unsigned char* dynamic_shared_memory() { return emulator::machine().shared.dynamic(); }
+inline unsigned char* dynamic_shared_memory() { return emulator::machine().shared().dynamic(); }
 
 inline void named_barrier_sync(int barrier, int threads) {
   emulator::machine().barrier_sync(8 + barrier, threads);  // CUTLASS keeps 0..7
+}
+
+inline void cluster_sync() { emulator::machine().cluster_sync(); }
+template <class Object>
+Object* in_block(Object* object, int rank) {
+  return static_cast<Object*>(emulator::machine().counterpart(object, rank));
 }
 
 inline void exit_if(bool condition) {
@@ -41,7 +47,7 @@ inline void copy_async_wait() {
   emulator::async_copies().wait(0);
 }
 
-inline void fence_proxy_async() { emulator::machine().shared.publish(); }
+inline void fence_proxy_async() { emulator::machine().shared().publish(); }
 
 inline void tma_prefetch_map(const CUtensorMap* map) { emulator::TensorMap::decode(map); }
 inline void tma_load_3d(const CUtensorMap* map, Mbarrier* barrier, void* shared, int x, int y,
@@ -80,6 +86,7 @@ void wgmma_begin(Registers&... registers) {
   (emulator::wgmma_unit().fence(registers, sizeof registers), ...);
 }
 inline void wgmma_commit() { emulator::wgmma_unit().commit(); }
+inline void wgmma_wait_previous() { emulator::wgmma_unit().wait_previous(); }
 template <int count>
 void wgmma_wait(float (&d)[count]) {
   emulator::wgmma_unit().wait(d);
