@@ -77,7 +77,7 @@ def test_every_model_size_has_a_tensor_core_kernel_from_ampere_on(
             expected = ["simt"]
             if dtype != FLOAT32 and capability >= 80:
                 expected.insert(0, "sm80")
-            on_sm90 = max(M, N) <= 128 if dtype == FLOAT32 else M <= 192
+            on_sm90 = max(M, N) <= 128 if dtype == FLOAT32 else M <= 192 or (M, N) == (208, 256)
             is_fit = N % 8 == 0 or (dtype != FLOAT32 and (M, N) in shapes.RAGGED)
             if capability == 90 and on_sm90 and is_fit:
                 is_small = dtype != FLOAT32 and M <= 32 and N <= 64
@@ -99,6 +99,24 @@ def test_every_model_size_has_a_tensor_core_kernel_from_ampere_on(
 def test_sm90_takes_ragged_tokens_that_fill_half_a_class(
     program: Path, M: int, N: int, serves: bool
 ) -> None:
+    for dtype in (FLOAT16, BFLOAT16, FLOAT32):
+        (answer,) = ask(program, [(90, "90a", dtype, M, N)])
+        assert ("sm90" in answer.split(",")) == (serves and dtype != FLOAT32)
+
+
+@pytest.mark.parametrize(
+    "M, N, serves",
+    [
+        (208, 256, True),
+        (130, 256, True),
+        (200, 168, True),
+        (193, 168, False),  # fills less than five eighths of its class
+        (144, 208, False),
+        (209, 256, False),
+        (208, 264, False),
+    ],
+)
+def test_sm90_takes_sizes_of_clusters(program: Path, M: int, N: int, serves: bool) -> None:
     for dtype in (FLOAT16, BFLOAT16, FLOAT32):
         (answer,) = ask(program, [(90, "90a", dtype, M, N)])
         assert ("sm90" in answer.split(",")) == (serves and dtype != FLOAT32)

@@ -359,7 +359,8 @@ MISTAKES = {
     "no wait for wgmma": "in flight|waited for",
     "no wait for the last wgmma": "wrong product|in flight|waited for",
     "no cluster barrier": "wrong number",
-    "part of a cluster": "(?s)deadlock.*barrier -1: 64 of 128",
+    "part of a cluster": "(?s)deadlock.*cluster barrier: 64 of 128",
+    "early store": "a block that may not run yet",
     "block ended": "a block that has ended|deadlock",
     "no such block": "block 2 of a cluster of 2",
 }
@@ -900,6 +901,7 @@ KERNEL_CASES = [
     ("sm90", Case(130, 160, 3)),
     ("sm90", Case(64, 72, 3)),  # half a word
     ("sm90", Case(120, 128, 3)),  # four words side by side
+    ("sm90", Case(200, 248, 3)),  # clusters
     ("sm90", Case(48, 60, 5)),  # ragged tokens
     ("sm90", Case(48, 36, 3)),
     ("sm90", Case(60, 84, 5, BFLOAT16)),
@@ -1040,6 +1042,7 @@ def test_subnormal_tokens(program: Path, tmp_path: Path, kernel: str, case: Case
     [
         ("sm90", Case(60, 72, 3)),
         ("sm90", Case(130, 160, 3)),
+        ("sm90", Case(204, 232, 3)),  # of one block only
         ("sm80", Case(60, 74, 3)),
         ("sm80", Case(200, 194, 2)),
     ],

@@ -52,15 +52,16 @@ constexpr bool has_ragged(ShapeClass shape) {
   return is_among(classes, shape);
 }
 
-// Whether the class serves a problem that it holds. Half empty, those of ragged tokens and those of
-// clusters would be slower than sm80.
+// Whether the class serves a problem that it holds. What fills too little of it is faster in sm80:
+// less than half with ragged tokens, less than five eighths with clusters.
 constexpr bool serves(ShapeClass shape, Dtype dtype, int rows, int cols) {
-  const bool is_half_full = 2 * rows * cols >= shape.depth * shape.cols;
+  const int size = rows * cols, full = shape.depth * shape.cols;
   if (is_ragged(cols)) {
-    return dtype != Dtype::float32 && has_ragged(shape) && cols % 4 == 0 && rows * cols % 8 == 0 &&
-           is_half_full;
+    return dtype != Dtype::float32 && has_ragged(shape) && cols % 4 == 0 && size % 8 == 0 &&
+           2 * size >= full;
   }
-  return (dtype != Dtype::float32 || has_float32(shape)) && (shape.blocks() == 1 || is_half_full);
+  return (dtype != Dtype::float32 || has_float32(shape)) &&
+         (shape.blocks() == 1 || 8 * size >= 5 * full);
 }
 
 // Index into shape_classes, -1 where none serves the problem.
@@ -123,7 +124,8 @@ struct Panel {
   }
 };
 
-// From here on a launch wants Problem::counter, to share the last tokens out as SMs get to them.
+// From here on a launch, but of clusters, wants Problem::counter, to share the last tokens out as
+// SMs get to them.
 constexpr int64_t min_tokens_to_share = 2048;
 
 // Registers of a thread where `warpgroups` of them share an SM; 255 is what one can name.
@@ -172,7 +174,7 @@ struct Config {
   static constexpr int threads = groups * group_threads;
   static constexpr bool overlaps = !is_float32 && sm90::overlaps(row_tiles, cols);
 
-  // A stage holds a token; where that leaves no room for a second one, some rows of it.
+  // A stage holds a token, or where both factors leave no room for one, some rows of it.
   static constexpr int slice_rows = blocks == 1 ? depth : 16;
   static constexpr int slices = depth / slice_rows;  // of a token
   static_assert(slices * slice_rows == depth);
@@ -207,7 +209,11 @@ struct Config {
   // it; elsewhere that waits for a barrier that the group needs anyway.
   static constexpr bool refills_early = stages == groups || overlaps || slices > 1;
   static constexpr int shared_bytes = ring_offset + stages * stage_bytes;
-  static_assert(stages >= (slices == 1 ? 1 : 2));
+  static_assert(stages >= 1);
+  // What the kernel takes for granted of clusters.
+  static_assert(blocks == 1 || (groups == 1 && stages > 1 && stages <= slices && !overlaps &&
+                                !is_float32 && !is_ragged));
+  static_assert(boxes % fillers == 0 && fillers * 32 <= threads);
 };
 
 }  // namespace flatquant::sm90

@@ -12,7 +12,6 @@
 #define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
 #include <cutlass/arch/barrier.h>
 #include <cutlass/numeric_types.h>
-#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/arch/mma_sm90.hpp>
@@ -32,7 +31,9 @@ __device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
 }
 
 // Waits for all threads of the cluster, and for what they have stored to each other's blocks.
-__device__ __forceinline__ void cluster_sync() { cute::cluster_sync(); }
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+}
 
 // Where an object in this block's shared memory lies in that of another block of the cluster.
 template <class Object>

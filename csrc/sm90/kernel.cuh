@@ -12,8 +12,8 @@
 // operands in the panel layout (config.h). One block stays on each SM. Bound by memory, or by
 // tensor cores where rows + cols is large.
 // Where one block cannot hold a token's accumulators, the two of a cluster have half of its rows of
-// Y each. The token arrives in slices of a few rows, which the first product takes one after the
-// other, and the blocks exchange their extremes.
+// Y each. The token arrives in slices of a few rows, asked for by several threads, which the first
+// product takes one after the other; and the blocks exchange their extremes.
 // float32: each matrix, times a power of two that brings it into float16's range, is the sum of two
 // float16 matrices (or rounded to one, see Config), and a product that of their products but for
 // the smallest. A token is split in place, by its group, once it has arrived. One whose Y lies so
@@ -65,12 +65,12 @@ struct SharedMemory {
   }
 };
 
-// Hands out a group's tokens, in the thread that fills its stages: first those of a fixed share,
-// dealt out in turn; then, as some SMs get less of the memory's bandwidth than others, what is
-// first come, first served. The counter for that is scratch of any content, which block 0 sets to
-// zero long before it is needed. Were another block to draw before that, it would work on a token
-// twice, to the same bits, or leave early; block 0 itself, which draws only after it has met a
-// block barrier, does not rest until the last token is handed out.
+// Hands out the tokens that a group's stages are filled with again, in the thread that does so:
+// first those of a fixed share, dealt out in turn; then, as some SMs get less of the memory's
+// bandwidth than others, what is first come, first served. The counter for that is scratch of any
+// content, which block 0 sets to zero long before it is needed. Were another block to draw before
+// that, it would work on a token twice, to the same bits, or leave early; block 0 itself, which
+// draws only after it has met a block barrier, does not rest until the last token is handed out.
 template <class Config>
 class TokenSource {
  public:
@@ -78,8 +78,8 @@ class TokenSource {
   __device__ TokenSource(const Problem& problem, uint32_t next)
       : tokens_(static_cast<uint32_t>(problem.tokens)), counter_(problem.counter), position_(next) {
     // The fixed share is more than the stages hold and the next draws take before that barrier.
-    const bool shares =
-        counter_ != nullptr && tokens_ >= 2 * (Config::stages + Config::groups) * gridDim.x;
+    const bool shares = Config::blocks == 1 && counter_ != nullptr &&
+                        tokens_ >= 2 * (Config::stages + Config::groups) * gridDim.x;
     fixed_ = shares ? tokens_ - tokens_ / 4 : tokens_;
     if (shares && blockIdx.x == 0 && threadIdx.x == 0) atomicExch(counter_, 0u);
     next_ = draw();
@@ -139,7 +139,7 @@ __device__ void fill(const CUtensorMap& input_map, const Problem& problem,
 }
 
 // The same for a slice, called by all threads of a block: one thread each of several warps issues a
-// box, as one for all would hold up the products for longer than they take.
+// box, as one thread for all of them would hold up the next product.
 template <class Config>
 __device__ void fill_slice(const CUtensorMap& input_map, const Problem& problem,
                            const SharedMemory<Config>& shared, int stage, uint32_t token,
@@ -649,12 +649,14 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
   uint32_t parity = 0;  // of the stage's use
   TokenSplit token_split{};
   float w[Config::cols / 2], y[Config::cols / 2];
-  // Waits for the next token and returns which it is. Past the last one, if one is still in work,
-  // it goes on with what an earlier token left, and nobody looks at it: a condition would serialise
-  // wgmma.
-  const auto arrive = [&] {
+  // Waits for the next token and returns which it is. Past the last one the thread ends, by the
+  // `number` that is known ahead, so that product 1 does not wait for what was read here; if one is
+  // still in work, it goes on with what an earlier token left, and nobody looks at it: a condition
+  // would serialise wgmma.
+  const auto arrive = [&](uint32_t number = 0) {
     mbarrier_wait(&shared.storage->full[stage], parity);
     const uint32_t token = warp_uniform(shared.storage->tokens[stage]);
+    if constexpr (!overlaps) exit_if(number >= problem.tokens);
     if constexpr (Config::is_float32) {
       token_split = split_token(shared.ring + stage * Config::stage_bytes, shared, group);
     } else if constexpr (Config::is_ragged) {
@@ -689,10 +691,7 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
       }
     }
   };
-  // A thread ends where there is no token. Its number is known ahead of the token, so that product
-  // 1 does not wait for it.
-  exit_if(shared.storage->tokens[stage] >= problem.tokens);
-  uint32_t token = arrive();
+  uint32_t token = arrive(shared.storage->tokens[stage]);
   multiply(token);
   int set = 0;
   while (true) {
@@ -730,7 +729,7 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
       if constexpr (!cuts_early) next = arrive();
       multiply(next);
     }
-    uint32_t number;  // of the token in the next stage
+    uint32_t number;  // of the next token
     epilogue<Config, outputs>(result, problem, shared, token, thread, group, set, ratios, least,
                               [&] {
                                 number = shared.storage->tokens[stage];
@@ -738,8 +737,7 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
                               });
     set ^= 1;
     if constexpr (!overlaps) {
-      exit_if(number >= problem.tokens);
-      next = arrive();
+      next = arrive(number);
       multiply(next);
     }
     token = next;

@@ -83,6 +83,7 @@ static int given[2];
 static void cluster_kernel() {
   int* const number = reinterpret_cast<int*>(dynamic_shared_memory());
   const int rank = static_cast<int>(blockIdx.x);
+  if (!makes("early store")) cluster_sync();
   if (makes("block ended") && rank == 0) return;
   if (threadIdx.x == 5) *in_block(number, makes("no such block") ? 2 : 1 - rank) = rank;
   if (makes("part of a cluster") && threadIdx.x >= 32) return;

@@ -224,6 +224,7 @@ class Machine {
     bool runs = false;
     for (int i = 0; i < threads_; ++i) runs = runs || !pool_[rank * threads_ + i].done;
     if (!runs) fail("the shared memory of a block that has ended");
+    if (cluster_barrier_.generation == 0) fail("the shared memory of a block that may not run yet");
     return shared().counterpart(memories_[rank], pointer);
   }
   Thread& self() { return pool_[current_]; }
@@ -263,10 +264,10 @@ class Machine {
     if (threads % warp_size != 0 || threads < 1 || threads > threads_) {
       fail("barrier %d for %d threads", id, threads);
     }
-    sync(barriers_[rank_][id], id, threads);
+    sync(barriers_[rank_][id], format("barrier %d", id), threads);
   }
   // barrier.cluster
-  void cluster_sync() { sync(cluster_barrier_, -1, cluster_threads()); }
+  void cluster_sync() { sync(cluster_barrier_, "cluster barrier", cluster_threads()); }
 
   // Every lane of `mask` gives a value and gets all of them.
   const uint32_t* exchange(uint32_t mask, uint32_t value, const char* name) {
@@ -305,10 +306,10 @@ class Machine {
  private:
   static constexpr size_t stack_bytes = 128 * 1024;
 
-  void sync(Barrier& barrier, int id, int threads) {
+  void sync(Barrier& barrier, const std::string& name, int threads) {
     if (barrier.threads == 0) barrier.threads = threads;
     if (barrier.threads != threads) {
-      fail("barrier %d for %d threads, others wait at it as %d", id, threads, barrier.threads);
+      fail("%s for %d threads, others wait at it as %d", name.c_str(), threads, barrier.threads);
     }
     const int generation = barrier.generation;
     if (++barrier.arrived == threads) {
@@ -319,7 +320,7 @@ class Machine {
     wait(
         barrier.queue,
         [&] {
-          return format("barrier %d: %d of %d arrived", id, barrier.arrived, barrier.threads);
+          return format("%s: %d of %d arrived", name.c_str(), barrier.arrived, barrier.threads);
         },
         [&] { return barrier.generation != generation; });
   }

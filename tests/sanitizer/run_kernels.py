@@ -52,9 +52,14 @@ SHAPES = [
     (7, 1, 2),
     (1, 1, 1),
 ]
-# Of these one kernel alone: tokens that go round its ring, ragged ones or such in whose place W
-# comes; rows that two warps store together.
-SHAPES_OF_ONE = {(48, 60, 1700): "sm90", (128, 148, 300): "sm80", (40, 131, 9): "sm80"}
+# Of these one kernel alone: tokens that go round its ring, ragged ones, slices of such as a cluster
+# works on, or such in whose place W comes; rows that two warps store together.
+SHAPES_OF_ONE = {
+    (48, 60, 1700): "sm90",
+    (208, 256, 150): "sm90",
+    (128, 148, 300): "sm80",
+    (40, 131, 9): "sm80",
+}
 # Of these the other operators too, with fewer tokens.
 SHAPES_OF_ALL = [(64, 64), (24, 24), (86, 128), (128, 148), (208, 256), (13, 17), (1, 8)]
 CLIP_RATIOS = [1.0, (0.9, 0.3), (1e-4, 1.0)]
