@@ -88,25 +88,14 @@ def test_every_model_size_has_a_tensor_core_kernel_from_ampere_on(
 @pytest.mark.parametrize(
     "M, N, serves",
     [
+        # Ragged tokens.
         (26, 60, True),
         (24, 60, False),  # fills less than half of its class
         (47, 60, False),  # features no multiple of 8: tokens no multiple of 16 bytes
         (48, 62, False),
         (98, 148, True),
         (130, 148, False),  # no class
-    ],
-)
-def test_sm90_takes_ragged_tokens_that_fill_half_a_class(
-    program: Path, M: int, N: int, serves: bool
-) -> None:
-    for dtype in (FLOAT16, BFLOAT16, FLOAT32):
-        (answer,) = ask(program, [(90, "90a", dtype, M, N)])
-        assert ("sm90" in answer.split(",")) == (serves and dtype != FLOAT32)
-
-
-@pytest.mark.parametrize(
-    "M, N, serves",
-    [
+        # Clusters.
         (208, 256, True),
         (130, 256, True),
         (200, 168, True),
@@ -116,7 +105,9 @@ def test_sm90_takes_ragged_tokens_that_fill_half_a_class(
         (208, 264, False),
     ],
 )
-def test_sm90_takes_sizes_of_clusters(program: Path, M: int, N: int, serves: bool) -> None:
+def test_sm90_takes_ragged_tokens_and_clusters_that_fill_enough_of_a_class(
+    program: Path, M: int, N: int, serves: bool
+) -> None:
     for dtype in (FLOAT16, BFLOAT16, FLOAT32):
         (answer,) = ask(program, [(90, "90a", dtype, M, N)])
         assert ("sm90" in answer.split(",")) == (serves and dtype != FLOAT32)

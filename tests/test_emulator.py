@@ -363,6 +363,7 @@ MISTAKES = {
     "early store": "a block that may not run yet",
     "block ended": "a block that has ended|deadlock",
     "no such block": "block 2 of a cluster of 2",
+    "barrier of another block": "a pointer .* into the shared memory",
 }
 
 

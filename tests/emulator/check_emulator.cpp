@@ -82,8 +82,13 @@ static int given[2];
 
 static void cluster_kernel() {
   int* const number = reinterpret_cast<int*>(dynamic_shared_memory());
+  Mbarrier* const barrier = reinterpret_cast<Mbarrier*>(number + 2);
   const int rank = static_cast<int>(blockIdx.x);
+  if (threadIdx.x == 5) mbarrier_init(barrier, 1);
   if (!makes("early store")) cluster_sync();
+  if (makes("barrier of another block") && threadIdx.x == 5) {
+    mbarrier_arrive_expect_bytes(in_block(barrier, 1 - rank), 0);
+  }
   if (makes("block ended") && rank == 0) return;
   if (threadIdx.x == 5) *in_block(number, makes("no such block") ? 2 : 1 - rank) = rank;
   if (makes("part of a cluster") && threadIdx.x >= 32) return;

@@ -148,6 +148,7 @@ using WaitQueue = std::vector<int>;  // threads
 
 // bar.sync: hardware barrier of one block, or of a cluster.
 struct Barrier {
+  std::string name;
   int threads = 0;  // that take part, 0 between uses
   int arrived = 0;
   int generation = 0;
@@ -170,6 +171,12 @@ struct Thread {
   unsigned char* stack = nullptr;
   bool done = false;
   const std::function<std::string()>* waits_for = nullptr;
+};
+
+// What an asynchronous unit will do for a block of the cluster.
+struct Event {
+  int rank;
+  std::function<void()> action;
 };
 
 class Machine {
@@ -232,10 +239,7 @@ class Machine {
 
   // An action of an asynchronous unit, some time later; if `late`, when nothing else can happen.
   void post(std::function<void()> event, bool late = false) {
-    events_[late].push_back([this, rank = rank_, event = std::move(event)] {
-      rank_ = rank;
-      event();
-    });
+    events_[late].push_back({rank_, std::move(event)});
   }
 
   // Lets others run.
@@ -264,10 +268,10 @@ class Machine {
     if (threads % warp_size != 0 || threads < 1 || threads > threads_) {
       fail("barrier %d for %d threads", id, threads);
     }
-    sync(barriers_[rank_][id], format("barrier %d", id), threads);
+    sync(barriers_[rank_][id], threads);
   }
   // barrier.cluster
-  void cluster_sync() { sync(cluster_barrier_, "cluster barrier", cluster_threads()); }
+  void cluster_sync() { sync(cluster_barrier_, cluster_threads()); }
 
   // Every lane of `mask` gives a value and gets all of them.
   const uint32_t* exchange(uint32_t mask, uint32_t value, const char* name) {
@@ -306,10 +310,11 @@ class Machine {
  private:
   static constexpr size_t stack_bytes = 128 * 1024;
 
-  void sync(Barrier& barrier, const std::string& name, int threads) {
+  void sync(Barrier& barrier, int threads) {
+    const char* const name = barrier.name.c_str();
     if (barrier.threads == 0) barrier.threads = threads;
     if (barrier.threads != threads) {
-      fail("%s for %d threads, others wait at it as %d", name.c_str(), threads, barrier.threads);
+      fail("%s for %d threads, others wait at it as %d", name, threads, barrier.threads);
     }
     const int generation = barrier.generation;
     if (++barrier.arrived == threads) {
@@ -319,15 +324,15 @@ class Machine {
     }
     wait(
         barrier.queue,
-        [&] {
-          return format("%s: %d of %d arrived", name.c_str(), barrier.arrived, barrier.threads);
-        },
+        [&] { return format("%s: %d of %d arrived", name, barrier.arrived, barrier.threads); },
         [&] { return barrier.generation != generation; });
   }
 
   void run_cluster() {
-    for (auto& barriers : barriers_) std::fill(std::begin(barriers), std::end(barriers), Barrier());
-    cluster_barrier_ = Barrier();
+    for (auto& barriers : barriers_) {
+      for (int id = 0; id < 16; ++id) barriers[id] = Barrier{format("barrier %d", id)};
+    }
+    cluster_barrier_ = Barrier{"cluster barrier"};
     for (Warp& warp : warps_) warp = Warp();
     redraw();
     block_starts();
@@ -352,11 +357,11 @@ class Machine {
       if (--steps_until_redraw_ < 0) redraw();
       const bool none = ready_[0].empty() && ready_[1].empty();
       if (!events_[0].empty() && (none || random_.below(1024) < event_chance_)) {
-        take(events_[0])();
+        happen(take(events_[0]));
       } else if (!none) {
         resume(take(ready_[ready_[0].empty()]));
       } else if (!events_[1].empty()) {
-        take(events_[1])();
+        happen(take(events_[1]));
       } else {
         report_deadlock();
       }
@@ -376,6 +381,10 @@ class Machine {
     swapcontext(&scheduler_, &pool_[thread].context);
     current_ = -1;
     if (pool_[thread].done) --alive_;
+  }
+  void happen(const Event& event) {
+    rank_ = event.rank;
+    event.action();
   }
   void suspend() { swapcontext(&self().context, &scheduler_); }
   void ready(int thread) { ready_[slow_[thread / warp_size]].push_back(thread); }
@@ -438,8 +447,8 @@ class Machine {
   Barrier cluster_barrier_;
   SharedMemory memories_[max_cluster];
   bool slow_[max_warps] = {};
-  std::vector<int> ready_[2];                     // of quick and of slow warps
-  std::vector<std::function<void()>> events_[2];  // and late ones
+  std::vector<int> ready_[2];     // of quick and of slow warps
+  std::vector<Event> events_[2];  // and late ones
   const std::function<void()>* body_ = nullptr;
   ucontext_t scheduler_;
   Random random_{0};

@@ -81,10 +81,9 @@ class Mbarriers {
   };
 
   Object& find(uint64_t* object) {
+    const uint32_t address = shared_address(object);  // of this block
     const auto found = objects_.find(object);
-    if (found == objects_.end()) {
-      fail("no mbarrier was initialised at %#x", shared_address(object));
-    }
+    if (found == objects_.end()) fail("no mbarrier was initialised at %#x", address);
     return found->second;
   }
   MbarrierState load(uint64_t* object) {

@@ -179,8 +179,9 @@ class Wgmma {
   Warp& own_warp() { return warps_[machine().thread() / warp_size]; }
   Warpgroup& own_group() {
     const int group = machine().thread() / warpgroup_size;
-    if ((group + 1) * warpgroup_size > machine().cluster_threads())
+    if ((group + 1) * warpgroup_size > machine().cluster_threads()) {
       fail("wgmma in a partial warpgroup");
+    }
     return groups_[group];
   }
 

@@ -89,10 +89,9 @@ template <int... indices>
 void check_classes(std::integer_sequence<int, indices...>) {
   auto check = [](auto index) {
     constexpr ShapeClass shape = shape_classes[index];
-    constexpr int width = Panel::width(shape.cols);
-    constexpr int panel_cols = (shape.cols + width - 1) / width * width;
-    check_matrix<width, panel_cols, panel_cols, shape.cols>();  // right
     using Class = Config<__half, __half, shape.depth, shape.cols>;
+    constexpr int width = Class::width, panel_cols = Class::panel_cols;
+    check_matrix<width, panel_cols, panel_cols, shape.cols>();         // right
     check_matrix<width, panel_cols, panel_cols, Class::slice_rows>();  // token, or a slice of it
     check_matrix<64, 64 * shape.row_tiles(), 64, shape.depth>();       // left
   };
