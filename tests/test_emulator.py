@@ -282,6 +282,8 @@ INSTRUCTIONS = {
     ],
     "copies": [
         r"cp\.async\.ca\.shared\.global\S* \[\S+\], \[\S+\], 16, ",
+        r"cp\.async\.ca\.shared\.global\S* \[\S+\], \[\S+\], 8, ",
+        r"cp\.async\.ca\.shared\.global\S* \[\S+\], \[\S+\], 4, ",
         r"cp\.async\.commit_group;",
         r"cp\.async\.wait_(all|group 0);",
     ],
@@ -439,6 +441,9 @@ def test_sm90_in_every_class(sm90: Path, tmp_path: Path, case: Case) -> None:
         Case(64, 64, 4, BFLOAT16, packed=False, clip_ratios=(0.3,)),
         Case(120, 136, 4, clip_ratios=(0.5,), gap=16, blocks=3),
         Case(64, 64, 4, clip_ratios=(1.5,)),
+        Case(50, 64, 4),  # the left factor by 4 bytes
+        Case(84, 88, 4, BFLOAT16),  # by 8
+        Case(63, 64, 4),  # element by element
         # Ragged tokens.
         Case(48, 60, 20, blocks=1),
         Case(46, 60, 5, BFLOAT16, packed=False, gap=8),

@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
@@ -68,11 +69,13 @@ __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, uint32_t parity
 // Ordinary shared-memory stores before it are seen by wgmma and the copy engine after it.
 __device__ __forceinline__ void fence_proxy_async() { cutlass::arch::fence_view_async_shared(); }
 
-// Starts a copy of 16 bytes from global to shared memory; zeros arrive if not `condition`.
+// Starts a copy of 16, 8 or 4 bytes from global to shared memory; zeros arrive if not `condition`.
+template <int bytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool condition) {
-  cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<cute::uint128_t>::copy(
-      *static_cast<const cute::uint128_t*>(global), *static_cast<cute::uint128_t*>(shared),
-      condition);
+  using Unit = std::conditional_t<bytes == 16, cute::uint128_t,
+                                  std::conditional_t<bytes == 8, uint64_t, uint32_t>>;
+  cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<Unit>::copy(*static_cast<const Unit*>(global),
+                                                    *static_cast<Unit*>(shared), condition);
 }
 // Returns once all copies that this thread started have arrived.
 __device__ __forceinline__ void copy_async_wait() {

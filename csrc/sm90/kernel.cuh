@@ -272,20 +272,28 @@ __device__ __forceinline__ int block_row() {
 template <class Config>
 __device__ void start_staging_left(const Problem& problem, const SharedMemory<Config>& shared) {
   using Element = typename Config::Element;
+  const auto* left = static_cast<const Element*>(problem.left);
   auto* shared_left = reinterpret_cast<Element*>(shared.left);
-  if (problem.left != nullptr && problem.left_repeats == 1 && problem.rows % 8 == 0) {
-    const auto* left = static_cast<const Element*>(problem.left);
-    for_each<Config, Config::depth, 8 * Config::row_tiles>([&](int k, int octet) {
-      const int m = block_row<Config>() + 8 * octet;
+  // By so many columns, which stay neighbours and of which all or none exist.
+  const auto copy = [&](auto size) {
+    for_each<Config, Config::depth, 64 * Config::row_tiles / size()>([&](int k, int unit) {
+      const int m = block_row<Config>() + size() * unit;
       const bool inside = k < problem.rows && m < problem.rows;
-      copy_async(&shared_left[left_offset<Config>(k, 8 * octet)],
-                 left + (inside ? k * problem.rows + m : 0), inside);
+      copy_async<2 * size()>(&shared_left[left_offset<Config>(k, size() * unit)],
+                             left + (inside ? k * problem.rows + m : 0), inside);
     });
-  } else {
+  };
+  if (left == nullptr || problem.left_repeats != 1 || problem.rows % 2 != 0) {
     for_each<Config, Config::depth, 64 * Config::row_tiles>([&](int k, int m) {
       shared_left[left_offset<Config>(k, m)] =
           left_element<Element>(problem, k, block_row<Config>() + m);
     });
+  } else if (problem.rows % 4 != 0) {
+    copy(std::integral_constant<int, 2>());
+  } else if (problem.rows % 8 != 0) {
+    copy(std::integral_constant<int, 4>());
+  } else {
+    copy(std::integral_constant<int, 8>());
   }
 }
 

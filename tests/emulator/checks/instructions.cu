@@ -43,6 +43,8 @@ extern "C" __global__ void products(float* out, uint64_t a, uint64_t b) {
   for (int i = 0; i < 12; ++i) out[i] = d[i];
 }
 extern "C" __global__ void copies(void* shared, const void* global, bool condition) {
-  copy_async(shared, global, condition);
+  copy_async<16>(shared, global, condition);
+  copy_async<8>(shared, global, condition);
+  copy_async<4>(shared, global, condition);
   copy_async_wait();
 }

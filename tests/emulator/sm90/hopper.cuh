@@ -39,8 +39,9 @@ inline void mbarrier_wait(Mbarrier* barrier, uint32_t parity) {
   emulator::mbarriers().wait(barrier, parity);
 }
 
-inline void copy_async(void* shared, const void* global, bool condition) {
-  emulator::async_copies().issue(shared, global, 16, condition);
+template <int bytes>
+void copy_async(void* shared, const void* global, bool condition) {
+  emulator::async_copies().issue(shared, global, bytes, condition);
 }
 inline void copy_async_wait() {
   emulator::async_copies().commit();
