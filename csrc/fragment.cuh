@@ -71,7 +71,8 @@ struct ColumnOrder {
 };
 
 // This thread's share of 16 rows: first_row and first_row + 8, of each the columns that ColumnOrder
-// gives to quad_lane (those of its codes where lanes exchange them), counted from first_col.
+// gives to quad_lane (those of its codes where lanes exchange them), counted from first_col. Of
+// transposed accumulators they are columns, see sm90/transposed.cuh.
 struct ThreadRows {
   int first_row;
   int quad_lane;
@@ -281,7 +282,7 @@ __device__ __forceinline__ void pack_word(uint32_t (&words)[storage == Storage::
 
 // Bytes of codes; those of int4 are counted at even features only.
 template <Storage storage>
-__device__ __forceinline__ unsigned code_bytes(int features) {
+FLATQUANT_HOST_DEVICE constexpr unsigned code_bytes(int features) {
   return static_cast<unsigned>(features) >> (storage == Storage::int32);
 }
 

@@ -16,7 +16,8 @@ enum class Storage : int { int8, int32 };
 
 // One quantisation of Y: scale = max(max_ratio * max(Y, 0), min_ratio * max(-Y, 0)) / 7.
 struct Output {
-  void* codes;    // (tokens, features) int8 or (tokens, features / 8) int32, contiguous
+  // (tokens, features) int8 or (tokens, features / 8) int32, contiguous, aligned to 16 bytes
+  void* codes;
   float* scales;  // (tokens)
   float max_ratio, min_ratio;
   // Where one is on the device; it is read instead of that above.

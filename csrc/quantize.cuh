@@ -228,6 +228,43 @@ FLATQUANT_HOST_DEVICE uint32_t pack_int8(const float (&values)[4], const TokenSc
   return (bits[0] & 0xffu) | (bits[1] & 0xffu) << 8 | (bits[2] & 0xffu) << 16 | bits[3] << 24;
 }
 
+// Two neighbouring codes of each of two rows: as an int4 byte of each row, in the low bytes of
+// `rows`.
+template <Clamp clamp>
+FLATQUANT_HOST_DEVICE void pack_int4_pairs(uint32_t (&rows)[2], const float (&even)[2],
+                                           const float (&odd)[2], const TokenScale& scale) {
+  // With 8 added they do not borrow from each other, see pack_int4.
+  constexpr float offset = clamp == Clamp::none ? 8.0f : 0.0f;
+  uint32_t low[2], high[2];
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#endif
+  for (int i = 0; i < 2; ++i) {
+    low[i] = code_bits<clamp>(even[i], scale, offset);
+    high[i] = code_bits<clamp>(odd[i], scale, offset);
+  }
+#if FLATQUANT_HAS_LANES
+  if constexpr (clamp != Clamp::none) {
+    rows[0] = (clamped_lanes(low[0], low[1]) + (clamped_lanes(high[0], high[1]) << 4)) ^ 0x880088u;
+    rows[1] = rows[0] >> 16;
+    return;
+  }
+#endif
+  constexpr uint32_t rest = clamp == Clamp::none ? 0x00u : 0x88u;
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#endif
+  for (int i = 0; i < 2; ++i) rows[i] = (low[i] + (high[i] << 4) + rest) ^ 0x88u;
+}
+
+// The same as two int8 bytes of each row, in the low halves of `rows`.
+template <Clamp clamp>
+FLATQUANT_HOST_DEVICE void pack_int8_pairs(uint32_t (&rows)[2], const float (&even)[2],
+                                           const float (&odd)[2], const TokenScale& scale) {
+  rows[0] = pack_int8<clamp>({even[0], odd[0], even[1], odd[1]}, scale);
+  rows[1] = rows[0] >> 16;
+}
+
 // Four codes as one int4 half word, for what no full word covers.
 template <Clamp clamp>
 FLATQUANT_HOST_DEVICE uint16_t pack_int4(const float (&values)[4], const TokenScale& scale) {

@@ -269,11 +269,18 @@ INSTRUCTIONS = {
         r"\[\S+\], \[\S+\], 48, \[\S+\];",
         r"fence\.proxy\.async\.shared::cta;",
     ],
-    # The ones at the end: A and B not negated, and contiguous along M and N.
+    "store": [
+        r"cp\.async\.bulk\.global\.shared::cta\.bulk_group \[\S+\], \[\S+\], 48;",
+        r"cp\.async\.bulk\.commit_group;",
+        r"cp\.async\.bulk\.wait_group\.read 0;",
+    ],
+    # The ones at the end: A and B not negated, and contiguous along M and N (a zero: along K).
     "products": [
         r"wgmma\.fence\.sync\.aligned;",
         r"setp\.ne\.b32 p, 0, 0;\s*wgmma\.mma_async\.sync\.aligned\.m64n24k16\.f32\.f16\.f16 "
         r"\{[^}]*\}, %rd\d+, %rd\d+, p, +1, 1, 1, 1;",
+        r"setp\.ne\.b32 p, 1, 0;\s*wgmma\.mma_async\.sync\.aligned\.m64n24k16\.f32\.f16\.f16 "
+        r"\{[^}]*\}, %rd\d+, %rd\d+, p, +1, 1, 1, 0;",
         r"setp\.ne\.b32 p, 1, 0;\s*wgmma\.mma_async\.sync\.aligned\.m64n24k16\.f32\.bf16\.bf16 "
         r"\{[^}]*\}, *\{[^}]*\}, %rd\d+, p, +1, 1, 1;",
         r"wgmma\.commit_group\.sync\.aligned;",
@@ -366,6 +373,9 @@ MISTAKES = {
     "block ended": "a block that has ended|deadlock",
     "no such block": "block 2 of a cluster of 2",
     "barrier of another block": "a pointer .* into the shared memory",
+    "bulk store without fence": "wrong copy",
+    "no wait for bulk store": "wrong copy|in flight",
+    "misaligned bulk store": "not all multiples of 16",
 }
 
 
@@ -444,6 +454,13 @@ def test_sm90_in_every_class(sm90: Path, tmp_path: Path, case: Case) -> None:
         Case(50, 64, 4),  # the left factor by 4 bytes
         Case(84, 88, 4, BFLOAT16),  # by 8
         Case(63, 64, 4),  # element by element
+        # Transposed products.
+        Case(86, 128, 30, blocks=1),
+        Case(65, 128, 8, BFLOAT16, packed=False, gap=8),
+        Case(76, 128, 9, clip_ratios=(0.5,), blocks=3),
+        Case(84, 128, 400, blocks=3),  # the last quarter is first come, first served
+        Case(138, 192, 5, packed=False, clip_ratios=(1.5,)),
+        Case(132, 192, 4, BFLOAT16, blocks=1),
         # Ragged tokens.
         Case(48, 60, 20, blocks=1),
         Case(46, 60, 5, BFLOAT16, packed=False, gap=8),
@@ -471,6 +488,8 @@ def test_sm90(sm90: Path, tmp_path: Path, case: Case) -> None:
         Case(70, 88, 20),
         Case(128, 144, 9, blocks=1),
         Case(150, 152, 5),
+        Case(86, 128, 40, blocks=1),  # transposed products
+        Case(142, 192, 6),
         Case(60, 84, 40, blocks=1),  # ragged tokens
         Case(128, 140, 9),
         Case(200, 248, 7),  # clusters
@@ -500,7 +519,10 @@ def test_sm90_in_any_order(sm90: Path, tmp_path: Path, case: Case) -> None:
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=dtype_name)
 @pytest.mark.parametrize(
     "rows, cols",
-    [(64, 64), (50, 72), (128, 112), (140, 176), (48, 60), (128, 148), (196, 240)],
+    [
+        *[(64, 64), (50, 72), (128, 112), (140, 176), (90, 128), (140, 192)],
+        *[(48, 60), (128, 148), (196, 240)],
+    ],
 )
 def test_sm90_exact_data(
     sm90: Path,
@@ -564,6 +586,8 @@ def check_special(case: Case, outputs: list[Output], problem: Problem, special: 
         Case(64, 72, 9, BFLOAT16),  # padded columns
         Case(100, 136, 6, packed=False),
         Case(190, 152, 6),
+        Case(86, 128, 9, blocks=1),  # transposed products
+        Case(130, 192, 6, BFLOAT16, packed=False),
         Case(208, 232, 6),  # clusters
         Case(64, 76, 9, blocks=1),  # ragged tokens
         Case(112, 132, 6, BFLOAT16, packed=False),
@@ -907,6 +931,10 @@ KERNEL_CASES = [
     ("sm90", Case(130, 160, 3)),
     ("sm90", Case(64, 72, 3)),  # half a word
     ("sm90", Case(120, 128, 3)),  # four words side by side
+    ("sm90", Case(72, 88, 5)),  # two tiles of a warpgroup
+    ("sm90", Case(128, 144, 3)),
+    ("sm90", Case(86, 128, 5)),  # transposed products
+    ("sm90", Case(138, 192, 3, BFLOAT16, packed=False)),
     ("sm90", Case(200, 248, 3)),  # clusters
     ("sm90", Case(48, 60, 5)),  # ragged tokens
     ("sm90", Case(48, 36, 3)),

@@ -62,7 +62,7 @@ def check_every_token(problem: Problem, kernel: str) -> None:
 
 
 @by_dtype
-@pytest.mark.parametrize("M, N", [(64, 64), (112, 128)])
+@pytest.mark.parametrize("M, N", [(64, 64), (86, 128), (112, 128)])
 def test_more_elements_than_int32_counts(M: int, N: int, dtype: torch.dtype) -> None:
     features = M * N
     tokens = INT32 // features + 3

@@ -52,6 +52,18 @@ constexpr bool has_ragged(ShapeClass shape) {
   return is_among(classes, shape);
 }
 
+// Those whose products are transposed, Y^T = (right^T @ X^T) @ left, for tokens with both factors
+// and all columns: wgmma's M is then the columns, of which none are padded, and rows are padded to
+// 16 only. That is less work by a quarter or more.
+constexpr bool is_transposed(ShapeClass shape) {
+  constexpr ShapeClass classes[] = {{80, 128}, {96, 128}, {144, 192}};
+  return is_among(classes, shape);
+}
+constexpr bool is_transposed(ShapeClass shape, const Problem& problem) {
+  return is_transposed(shape) && problem.cols == shape.cols && problem.left != nullptr &&
+         problem.right != nullptr;
+}
+
 // Whether the class serves a problem that it holds. What fills too little of it is faster in sm80:
 // less than half with ragged tokens, less than five eighths with clusters.
 constexpr bool serves(ShapeClass shape, Dtype dtype, int rows, int cols) {
@@ -73,7 +85,8 @@ constexpr int find_shape_class(Dtype dtype, int rows, int cols) {
   return -1;
 }
 
-// Multiply-adds of a token in its class, the padded ones too.
+// Multiply-adds of a token in its class, the padded ones too, where it has one factor only (and is
+// never transposed).
 constexpr int work(Dtype dtype, int rows, int cols) {
   const ShapeClass shape = shape_classes[find_shape_class(dtype, rows, cols)];
   return 64 * shape.row_tiles() * shape.blocks() * shape.cols * (shape.depth + shape.cols);
@@ -108,7 +121,9 @@ constexpr Problem regrouped(const Problem& problem) {
 }
 
 // All matrices in shared memory are operands of 2-byte elements with k as their row: the left
-// factor as it lies (k, m), the token (k, n) and the right factor (k, n). Each is cut into panels
+// factor (k, m), the token (k, n) and the right factor (k, n); or transposed the right factor (k,
+// m), the left factor (k, n) and the token (n, k), which lies as it does else. Each is cut into
+// panels
 // of `width` columns by `depth` rows, a row being one swizzle span (32, 64 or 128 bytes), panels
 // one after another. The wider the faster, so that the last panel may have columns that nobody
 // reads.
@@ -134,62 +149,89 @@ constexpr int registers(int warpgroups) {
   return share < 255 ? share : 255;
 }
 
-// A thread holds Y's accumulator (cols / 2) and W as A fragments (cols / 4 for each part, see
-// Config); some 32 more serve everything else, and 8 a second part.
-constexpr bool registers_suffice(int warpgroups, int cols, int parts) {
-  return cols * (2 + parts) / 4 + 24 + 8 * parts <= registers(warpgroups);
+// A thread holds Y's accumulators (n / 2 for each of its tiles) and W as A fragments (n / 4 for
+// each part, see Config); some 32 more serve everything else, and 8 a second part.
+constexpr bool registers_suffice(int warpgroups, int n, int parts, int tiles) {
+  return n * (2 * tiles + parts) / 4 + 24 + 8 * parts <= registers(warpgroups);
 }
 
-// Tokens in work at once, each by row_tiles warpgroups: one's epilogue runs beside the others'
-// products.
-constexpr int tokens_at_once(int row_tiles, int cols, int parts) {
-  int tokens = 8 / row_tiles;
-  while (tokens > 1 && !registers_suffice(tokens * row_tiles, cols, parts)) --tokens;
+// Tokens in work at once, each by a group of warpgroups with so many tiles each: one's epilogue
+// runs beside the others' products.
+constexpr int tokens_at_once(int warpgroups, int n, int parts, int tiles = 1) {
+  int tokens = 8 / warpgroups;
+  while (tokens > 1 && !registers_suffice(tokens * warpgroups, n, parts, tiles)) --tokens;
   return tokens;
 }
 
 // Where that is one token, the next one's first product can run under its epilogue: a second
 // accumulator, and at the least 31 registers beside them.
-constexpr bool overlaps(int row_tiles, int cols) {
-  return tokens_at_once(row_tiles, cols, 1) == 1 && cols + 31 <= registers(row_tiles);
+constexpr bool overlaps(int warpgroups, int n) {
+  return tokens_at_once(warpgroups, n, 1) == 1 && n + 31 <= registers(warpgroups);
 }
 
 // wgmma multiplies matrices of Operand. One of float32 is the sum of `parts` float16 matrices, with
 // 11 bits each: two for Precision::highest, one for Precision::high.
 template <class Element_, class Operand_, int depth_, int cols_, int parts_ = 1,
-          bool ragged_ = false>
+          bool ragged_ = false, bool transposed_ = false>
 struct Config {
   using Element = Element_;  // of the problem
   using Operand = Operand_;  // 2 bytes
   static constexpr int parts = parts_;
   static constexpr bool is_float32 = sizeof(Element) == 4;
   static constexpr bool is_ragged = ragged_;
+  static constexpr bool is_transposed = transposed_;
   static constexpr int depth = depth_;
   static constexpr int cols = cols_;
-  static constexpr int blocks = ShapeClass{depth, cols}.blocks();        // of a cluster
-  static constexpr int row_tiles = ShapeClass{depth, cols}.row_tiles();  // of each
+  static constexpr int blocks = ShapeClass{depth, cols}.blocks();  // of a cluster
 
-  static constexpr int groups = tokens_at_once(row_tiles, cols, parts);  // each on one token
-  static constexpr int group_threads = row_tiles * 128;
+  // A block's accumulators are row_tiles * 64 by n, transposed if the products are. The first
+  // product's K is k, the second's is n.
+  static constexpr int row_tiles = is_transposed ? cols / 64 : ShapeClass{depth, cols}.row_tiles();
+  static constexpr int n = is_transposed ? depth : cols;
+  static constexpr int k = is_transposed ? cols : depth;
+  // Each warpgroup has so many of the tiles: one, or all of a token's, one after the other, where
+  // more tokens are then in work.
+  static constexpr int tiles = !is_float32 && tokens_at_once(1, n, parts, row_tiles) >
+                                                  tokens_at_once(row_tiles, n, parts)
+                                   ? row_tiles
+                                   : 1;
+  static_assert(tiles <= 2);
+
+  static constexpr int group_warpgroups = row_tiles / tiles;
+  // Each works on one token.
+  static constexpr int groups = tokens_at_once(group_warpgroups, n, parts, tiles);
+  static constexpr int group_threads = group_warpgroups * 128;
   static constexpr int threads = groups * group_threads;
-  static constexpr bool overlaps = !is_float32 && sm90::overlaps(row_tiles, cols);
+  static constexpr bool overlaps =
+      !is_float32 && !is_transposed && tiles == 1 && sm90::overlaps(row_tiles, n);
 
   // A stage holds a token, or where both factors leave no room for one, some rows of it.
   static constexpr int slice_rows = blocks == 1 ? depth : 16;
   static constexpr int slices = depth / slice_rows;  // of a token
   static_assert(slices * slice_rows == depth);
 
-  // Shared memory: SharedStorage, then right, left (what its rows of Y need) and the ring of
-  // slices, the parts of a matrix one after the other. A float32 token is split in place.
+  // Shared memory: SharedStorage, then right, left (what its rows of Y need), the ring of slices
+  // and codes on their way to memory, the parts of a matrix one after the other. A float32 token is
+  // split in place. The factors are A of the first product and B of the second.
+  static constexpr int a_bytes = k * 64 * row_tiles * 2;
+  static constexpr int b_width = Panel::width(n);
+  static constexpr int b_cols = (n + b_width - 1) / b_width * b_width;  // in whole panels
+  static constexpr int b_bytes = (n * b_cols * 2 + 1023) / 1024 * 1024;
+  static constexpr int right_bytes = is_transposed ? a_bytes : b_bytes;
+  static constexpr int left_bytes = is_transposed ? b_bytes : a_bytes;
+  static constexpr int left_cols = is_transposed ? n : 64 * row_tiles;
   static constexpr int width = Panel::width(cols);
-  static constexpr int panel_cols = (cols + width - 1) / width * width;  // in whole panels
-  static constexpr int right_bytes = (cols * panel_cols * 2 + 1023) / 1024 * 1024;
-  static constexpr int left_bytes = depth * 64 * row_tiles * 2;
+  static constexpr int panel_cols = (cols + width - 1) / width * width;
   static constexpr int part_bytes = depth * panel_cols * 2;  // of a token
   // It arrives in boxes of so many columns; a ragged token as it is.
   static constexpr int box_cols = is_float32 ? cols : width;
   static constexpr int boxes = (cols + box_cols - 1) / box_cols;
   static constexpr int fillers = slices == 1 ? 1 : boxes;
+  // Of the first product's K, what a slice has; and where B begins from some k of it on.
+  static constexpr int slice_k = is_transposed ? k : slice_rows;
+  static constexpr int k_bytes(int first) {
+    return is_transposed ? (first / width * depth * width + first % width) * 2 : first * width * 2;
+  }
   static constexpr int slice_bytes = slice_rows * panel_cols * static_cast<int>(sizeof(Element));
   static_assert(!is_float32 || panel_cols == cols);
   // Two KiB where the stages are many.
@@ -197,7 +239,10 @@ struct Config {
   static constexpr int left_offset = right_offset + parts * right_bytes;
   static constexpr int ring_offset = left_offset + parts * left_bytes;
   static constexpr int stage_bytes = (slice_bytes + 1023) / 1024 * 1024;
-  static constexpr int stages_that_fit = (227 * 1024 - ring_offset) / stage_bytes;
+  // Of a group: a token's codes, of int8 at most, in quarters that lie in banks of their own.
+  static constexpr int codes_bytes = is_transposed ? depth * cols + 4 * 32 : 0;
+  static constexpr int stages_that_fit =
+      (227 * 1024 - ring_offset - groups * codes_bytes) / stage_bytes;
   // Some 96 KiB in flight cover the latency of memory.
   static constexpr int max_stages = stage_bytes > 8192   ? 12
                                     : stage_bytes < 2048 ? 48
@@ -206,10 +251,16 @@ struct Config {
   // A multiple of groups: every stage belongs to one group, which fills it again when it is done.
   static constexpr int stages = stages_wanted / groups * groups;
   // Where tokens in flight are few, a stage is filled again as soon as the first product has read
-  // it; elsewhere that waits for a barrier that the group needs anyway.
-  static constexpr bool refills_early = stages == groups || overlaps || slices > 1;
-  static constexpr int shared_bytes = ring_offset + stages * stage_bytes;
+  // it; elsewhere that waits for a barrier that the group needs anyway. Transposed codes, too, are
+  // stored behind the barrier that this takes.
+  static constexpr bool refills_early = stages == groups || overlaps || slices > 1 || is_transposed;
+  static constexpr int codes_offset = ring_offset + stages * stage_bytes;
+  static constexpr int shared_bytes = codes_offset + groups * codes_bytes;
   static_assert(stages >= 1);
+  static_assert(shared_bytes <= 227 * 1024);
+  static_assert(tiles == 1 || slices == 1);
+  // Whole panels and tiles of columns.
+  static_assert(!is_transposed || (k % 64 == 0 && blocks == 1 && !is_float32 && !is_ragged));
   // What the kernel takes for granted of clusters.
   static_assert(blocks == 1 || (groups == 1 && stages > 1 && stages <= slices && !overlaps &&
                                 !is_float32 && !is_ragged));

@@ -105,13 +105,22 @@ __device__ __forceinline__ void bulk_load(const void* global, Mbarrier* barrier,
   cute::SM90_BULK_COPY_G2S::copy(global, barrier, shared, bytes);
 }
 
+// The other way. After bulk_store_wait() all that the thread stores so has been read from shared
+// memory, though it may not have been written yet.
+__device__ __forceinline__ void bulk_store(const void* shared, void* global, int bytes) {
+  cute::SM90_BULK_COPY_S2G::copy(shared, global, bytes);
+  cute::tma_store_arrive();
+}
+__device__ __forceinline__ void bulk_store_wait() { cute::tma_store_wait<0>(); }
+
 // --- tensor cores ---
 
 // Width in bytes of a row of the swizzled shared-memory panel (see Panel in config.h).
 enum class Swizzle : int { bytes32 = 32, bytes64 = 64, bytes128 = 128 };
 
 // Descriptor of a wgmma operand that is contiguous along its M or N dimension ("MN-major"):
-// `panel_stride` bytes between neighbouring swizzle-wide panels, eight K rows to a swizzle atom.
+// `panel_stride` bytes between neighbouring swizzle-wide panels, eight K rows to a swizzle atom. Or
+// of one that is contiguous along K: of one panel, eight rows of N to an atom.
 __device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared, Swizzle swizzle,
                                                      int panel_stride) {
   using cute::SM90::GMMA::LayoutType;
@@ -144,31 +153,39 @@ struct WgmmaElement<__nv_bfloat16> {
   using type = cutlass::bfloat16_t;
 };
 
+// Along which dimension B is contiguous.
+enum class Major { n, k };
+
 // D (64 x n, float) = A (64 x 16) @ B (16 x n) + (accumulate ? D : 0), asynchronously.
-// A in shared memory, contiguous along M; B in shared memory, contiguous along N.
-template <class Element, int n, int... i>
+// A in shared memory, contiguous along M; B in shared memory.
+template <class Element, int n, Major b_major, int... i>
 __device__ __forceinline__ void wgmma_call(float (&d)[n / 2], uint64_t a, uint64_t b,
                                            bool accumulate, std::integer_sequence<int, i...>) {
-  using namespace cute::SM90::GMMA;
+  namespace gmma = cute::SM90::GMMA;
   using T = typename WgmmaElement<Element>::type;
-  using Op = decltype(ss_op_selector<T, T, float, cute::Shape<cute::_64, cute::Int<n>, cute::_16>,
-                                     Major::MN, Major::MN>());
-  Op::fma(a, b, d[i]..., accumulate ? ScaleOut::One : ScaleOut::Zero);
+  constexpr auto major = b_major == Major::n ? gmma::Major::MN : gmma::Major::K;
+  using Op =
+      decltype(gmma::ss_op_selector<T, T, float, cute::Shape<cute::_64, cute::Int<n>, cute::_16>,
+                                    gmma::Major::MN, major>());
+  Op::fma(a, b, d[i]..., accumulate ? gmma::ScaleOut::One : gmma::ScaleOut::Zero);
 }
-template <class Element, int n>
+template <class Element, int n, Major b_major = Major::n>
 __device__ __forceinline__ void wgmma(float (&d)[n / 2], uint64_t a, uint64_t b, bool accumulate) {
-  wgmma_call<Element, n>(d, a, b, accumulate, std::make_integer_sequence<int, n / 2>());
+  wgmma_call<Element, n, b_major>(d, a, b, accumulate, std::make_integer_sequence<int, n / 2>());
 }
 
-// The same with A in registers: a warp's 16 x 16 fragment, as mma.sync has it.
+// The same with A in registers: a warp's 16 x 16 fragment, as mma.sync has it; B contiguous along
+// N.
 template <class Element, int n, int... i>
 __device__ __forceinline__ void wgmma_call(float (&d)[n / 2], const uint32_t* a, uint64_t b,
                                            bool accumulate, std::integer_sequence<int, i...>) {
-  using namespace cute::SM90::GMMA;
+  namespace gmma = cute::SM90::GMMA;
   using T = typename WgmmaElement<Element>::type;
-  using Op = decltype(rs_op_selector<T, T, float, cute::Shape<cute::_64, cute::Int<n>, cute::_16>,
-                                     Major::K, Major::MN>());
-  Op::fma(a[0], a[1], a[2], a[3], b, d[i]..., accumulate ? ScaleOut::One : ScaleOut::Zero);
+  using Op =
+      decltype(gmma::rs_op_selector<T, T, float, cute::Shape<cute::_64, cute::Int<n>, cute::_16>,
+                                    gmma::Major::K, gmma::Major::MN>());
+  Op::fma(a[0], a[1], a[2], a[3], b, d[i]...,
+          accumulate ? gmma::ScaleOut::One : gmma::ScaleOut::Zero);
 }
 template <class Element, int n>
 __device__ __forceinline__ void wgmma(float (&d)[n / 2], const uint32_t* a, uint64_t b,
@@ -191,10 +208,10 @@ __device__ __forceinline__ void wgmma_begin(Registers&... registers) {
 __device__ __forceinline__ void wgmma_commit() { cute::warpgroup_commit_batch(); }
 // For all but what was committed last.
 __device__ __forceinline__ void wgmma_wait_previous() { cute::warpgroup_wait<1>(); }
-template <int count>
-__device__ __forceinline__ void wgmma_wait(float (&d)[count]) {
+template <class... Registers>
+__device__ __forceinline__ void wgmma_wait(Registers&... registers) {
   cute::warpgroup_wait<0>();
-  fence_registers(d);
+  (fence_registers(registers), ...);
 }
 
 }  // namespace flatquant::sm90

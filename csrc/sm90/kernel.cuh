@@ -1,16 +1,21 @@
 // The Hopper kernel. For each token X (rows x cols) two chained wgmma products:
 //   W = left^T @ X    A = left^T (shared memory), B = X as it lies, W rounded to the input's dtype
 //   Y = W @ right     A = W (registers: an accumulator fragment is an A fragment), B = right
-// A block is groups of row_tiles warpgroups; a group works on one token, each of its warpgroups on
-// 64 rows of W and Y. Groups work on different tokens, so that the epilogue of one runs beside the
-// products of another. A ring of stages holds the tokens to come; one thread of a group has the
-// copy engine fill a stage again once its token is used. The epilogue reduces the extremes of Y
-// over the group, then quantises the accumulators and stores whole words, for one output after the
-// other; the token is read once and its codes are written once. Without a left factor the identity
-// is staged, as W is then X to the bit; without a right one W is Y, and lanes exchange codes
-// instead. Shared memory: barriers, token numbers and extremes, right, left and the ring, all
-// operands in the panel layout (config.h). One block stays on each SM. Bound by memory, or by
-// tensor cores where rows + cols is large.
+// A block is groups of warpgroups; a group works on one token, each of its warpgroups on a tile of
+// 64 rows of W and Y, or a single one on all tiles in turn. Groups work on different tokens, so
+// that the epilogue of one runs beside the products of another. A ring of stages holds the tokens
+// to come; one thread of a group has the copy engine fill a stage again once its token is used. The
+// epilogue reduces the extremes of Y over the group, then quantises the accumulators and stores
+// whole words, for one output after the other; the token is read once and its codes are written
+// once. Without a left factor the identity is staged, as W is then X to the bit; without a right
+// one W is Y, and lanes exchange codes instead. Shared memory: barriers, token numbers and
+// extremes, right, left and the ring, all operands in the panel layout (config.h). One block stays
+// on each SM. Bound by memory, or by tensor cores where rows + cols is large.
+// Where that pads less (is_transposed), the products are
+//   V^T = right^T @ X^T    A = right^T, B = X as it lies, V rounded to the input's dtype
+//   Y^T = V^T @ left       A = V^T, B = left
+// What is said of rows is then true of columns. The codes go through shared memory, from where the
+// copy engine stores them; transposed.cuh has that and what else differs.
 // Where one block cannot hold a token's accumulators, the two of a cluster have half of its rows of
 // Y each. The token arrives in slices of a few rows, asked for by several threads, which the first
 // product takes one after the other; and the blocks exchange their extremes.
@@ -31,6 +36,7 @@
 #include "quantize.cuh"
 #include "sm90/config.h"
 #include "sm90/hopper.cuh"
+#include "sm90/transposed.cuh"
 
 namespace flatquant::sm90 {
 
@@ -54,16 +60,29 @@ struct SharedStorage {
 template <class Config>
 struct SharedMemory {
   SharedStorage<Config>* storage;
-  unsigned char *right, *left, *ring;
+  unsigned char *right, *left, *ring, *codes;
 
   __device__ explicit SharedMemory(unsigned char* base)
       : storage(reinterpret_cast<SharedStorage<Config>*>(base)),
         right(base + Config::right_offset),
         left(base + Config::left_offset),
-        ring(base + Config::ring_offset) {
+        ring(base + Config::ring_offset),
+        codes(base + Config::codes_offset) {
     static_assert(sizeof(SharedStorage<Config>) <= Config::right_offset);
   }
 };
+
+// Which of its cluster's blocks this is.
+template <class Config>
+__device__ __forceinline__ int block_rank() {
+  return Config::blocks == 1 ? 0 : blockIdx.x % Config::blocks;
+}
+
+// From a group's token to its next one, before any are first come, first served.
+template <class Config>
+__device__ __forceinline__ uint32_t token_step() {
+  return Config::groups * (gridDim.x / Config::blocks);
+}
 
 // Hands out the tokens that a group's stages are filled with again, in the thread that does so:
 // first those of a fixed share, dealt out in turn; then, as some SMs get less of the memory's
@@ -97,7 +116,7 @@ class TokenSource {
   __device__ uint32_t draw() {
     if (position_ >= fixed_) return fixed_ < tokens_ ? fixed_ + atomicAdd(counter_, 1u) : tokens_;
     const uint32_t token = position_;
-    position_ += Config::groups * gridDim.x;
+    position_ += token_step<Config>();
     return token;
   }
 
@@ -150,6 +169,15 @@ __device__ void fill_slice(const CUtensorMap& input_map, const Problem& problem,
   }
 }
 
+// The same for as many slices of a token as there are stages, from `stage` on.
+template <class Config>
+__device__ void fill_slices(const CUtensorMap& input_map, const Problem& problem,
+                            const SharedMemory<Config>& shared, int stage, uint32_t token) {
+  for (int slice = 0; slice < Config::stages; ++slice) {
+    fill_slice(input_map, problem, shared, (stage + slice) % Config::stages, token, slice);
+  }
+}
+
 // Calls visit(row, column) for all of (rows, columns), spread over the block so that a thread stays
 // in its column: what depends on the column alone is computed once.
 template <class Config, int rows, int columns, class Visit>
@@ -165,11 +193,20 @@ __device__ __forceinline__ void for_each(Visit visit) {
 // Offsets in shared memory, in elements of a part.
 template <class Config>
 __device__ __forceinline__ int right_offset(int k, int col) {
-  return Panel::offset(Config::width, Config::cols, k, ColumnOrder<Config::cols>::position(col));
+  if constexpr (Config::is_transposed) {
+    return Panel::offset(64, Config::cols, k, TransposedOrder<Config::n>::position_of_column(col));
+  } else {
+    return Panel::offset(Config::width, Config::cols, k, ColumnOrder<Config::cols>::position(col));
+  }
 }
 template <class Config>
 __device__ __forceinline__ int left_offset(int k, int m) {
-  return Panel::offset(64, Config::depth, k, m);
+  if constexpr (Config::is_transposed) {
+    return Panel::offset(Config::b_width, Config::depth, k,
+                         TransposedOrder<Config::n>::position_of_row(m));
+  } else {
+    return Panel::offset(64, Config::depth, k, m);
+  }
 }
 
 // An element of the matrix that a factor stands for, padded with zeros.
@@ -200,7 +237,7 @@ class RightFactor {
     const auto* right = static_cast<const Element*>(problem.right);
     if (!is_whole(problem)) return;
     constexpr int columns = Config::is_ragged ? 4 : 8;  // of a load, as rows are aligned
-    for_each([&](int i, int row, int first_col) {
+    for_each_octet([&](int i, int row, int first_col) {
 #pragma unroll
       for (int col = 0; col < 8; col += columns) {
         Elements<Element, columns> elements = {};
@@ -219,19 +256,31 @@ class RightFactor {
     auto* const matrix = reinterpret_cast<Element*>(shared.right);
     if (problem.right == nullptr) return;  // W is Y
     if (!is_whole(problem)) {
-      sm90::for_each<Config, Config::cols, Config::cols>([&](int k, int col) {
+      for_each<Config, Config::cols, Config::cols>([&](int k, int col) {
         matrix[right_offset<Config>(k, col)] = right_element<Element>(problem, k, col);
       });
       return;
     }
     int first[4];
-    for_each([&](int i, int row, int col) {
+    for_each_octet([&](int i, int row, int col) {
+      const uint32_t (&pairs)[4] = octets_[i];
+      // Rows a multiple of eight apart are swizzled alike.
+      const int further = i * row_step * Config::width;
+      if constexpr (Config::is_transposed) {
+        // The four even columns are neighbours there, and the four odd ones.
 #pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        // Rows a multiple of eight apart are swizzled alike.
-        if (i == 0) first[pair] = right_offset<Config>(row, col + 2 * pair);
-        *reinterpret_cast<uint32_t*>(matrix + first[pair] + i * row_step * Config::width) =
-            octets_[i][pair];
+        for (int odd = 0; odd < 2; ++odd) {
+          const unsigned halves = odd ? 0x7632 : 0x5410;
+          if (i == 0) first[odd] = right_offset<Config>(row, col + odd);
+          *reinterpret_cast<uint2*>(matrix + first[odd] + further) = make_uint2(
+              __byte_perm(pairs[0], pairs[1], halves), __byte_perm(pairs[2], pairs[3], halves));
+        }
+      } else {
+#pragma unroll
+        for (int pair = 0; pair < 4; ++pair) {
+          if (i == 0) first[pair] = right_offset<Config>(row, col + 2 * pair);
+          *reinterpret_cast<uint32_t*>(matrix + first[pair] + further) = pairs[pair];
+        }
       }
     });
   }
@@ -248,7 +297,7 @@ class RightFactor {
 
   // Calls visit(i, row, first column) for this thread's parts.
   template <class Visit>
-  __device__ __forceinline__ static void for_each(Visit visit) {
+  __device__ __forceinline__ static void for_each_octet(Visit visit) {
     const int first_row = threadIdx.x / lanes, col = threadIdx.x % lanes * 8;
     if (first_row >= row_step) return;
 #pragma unroll
@@ -264,7 +313,7 @@ class RightFactor {
 // The first of this block's rows of Y.
 template <class Config>
 __device__ __forceinline__ int block_row() {
-  return Config::blocks == 1 ? 0 : blockIdx.x % Config::blocks * 64 * Config::row_tiles;
+  return block_rank<Config>() * 64 * Config::row_tiles;
 }
 
 // Starts copying this block's columns of the left factor to shared memory, asynchronously, padded
@@ -276,7 +325,7 @@ __device__ void start_staging_left(const Problem& problem, const SharedMemory<Co
   auto* shared_left = reinterpret_cast<Element*>(shared.left);
   // By so many columns, which stay neighbours and of which all or none exist.
   const auto copy = [&](auto size) {
-    for_each<Config, Config::depth, 64 * Config::row_tiles / size()>([&](int k, int unit) {
+    for_each<Config, Config::depth, Config::left_cols / size()>([&](int k, int unit) {
       const int m = block_row<Config>() + size() * unit;
       const bool inside = k < problem.rows && m < problem.rows;
       copy_async<2 * size()>(&shared_left[left_offset<Config>(k, size() * unit)],
@@ -284,11 +333,11 @@ __device__ void start_staging_left(const Problem& problem, const SharedMemory<Co
     });
   };
   if (left == nullptr || problem.left_repeats != 1 || problem.rows % 2 != 0) {
-    for_each<Config, Config::depth, 64 * Config::row_tiles>([&](int k, int m) {
+    for_each<Config, Config::depth, Config::left_cols>([&](int k, int m) {
       shared_left[left_offset<Config>(k, m)] =
           left_element<Element>(problem, k, block_row<Config>() + m);
     });
-  } else if (problem.rows % 4 != 0) {
+  } else if (Config::is_transposed || problem.rows % 4 != 0) {
     copy(std::integral_constant<int, 2>());
   } else if (problem.rows % 8 != 0) {
     copy(std::integral_constant<int, 4>());
@@ -398,7 +447,7 @@ __device__ Reduced reduce_group(const Reduced& own, Reduced* all, int group) {
     if constexpr (Config::blocks == 1) {
       all[warp] = result;
     } else {
-      Reduced* const place = &all[blockIdx.x % Config::blocks * warps + warp];
+      Reduced* const place = &all[block_rank<Config>() * warps + warp];
 #pragma unroll
       for (int rank = 0; rank < Config::blocks; ++rank) *in_block(place, rank) = result;
     }
@@ -511,32 +560,34 @@ __device__ __forceinline__ void for_each_product(Multiply multiply) {
   }
 }
 
-// Starts W = left^T @ X for 64 rows, or adds what a slice of X gives. Accumulator 4 * block + 2 *
-// half + e of a lane is row lane / 4 + 8 * half of its warp's 16, column 8 * block + 2 * (lane % 4)
-// + e.
+// Starts W = left^T @ X for 64 rows, or adds what a slice of X gives; or V^T = right^T @ X^T for 64
+// columns. Accumulator 4 * block + 2 * half + e of a lane is row lane / 4 + 8 * half of its warp's
+// 16, column 8 * block + 2 * (lane % 4) + e.
 template <class Config>
-__device__ void start_first_product(float (&w)[Config::cols / 2], uint64_t left, uint64_t slice,
+__device__ void start_first_product(float (&w)[Config::n / 2], uint64_t factor, uint64_t slice,
                                     bool accumulate = false) {
   using Operand = typename Config::Operand;
+  constexpr Major major = Config::is_transposed ? Major::k : Major::n;
   for_each_product<Config>([&](int a, int b) {
 #pragma unroll
-    for (int k = 0; k < Config::slice_rows; k += 16) {
-      wgmma<Operand, Config::cols>(w, advance(left, a * Config::left_bytes + k * 64 * 2),
-                                   advance(slice, b * Config::part_bytes + k * Config::width * 2),
-                                   accumulate);
+    for (int k = 0; k < Config::slice_k; k += 16) {
+      wgmma<Operand, Config::n, major>(w, advance(factor, a * Config::a_bytes + k * 64 * 2),
+                                       advance(slice, b * Config::part_bytes + Config::k_bytes(k)),
+                                       accumulate);
       accumulate = true;
     }
   });
   wgmma_commit();
 }
 
-// Y = W @ right for 64 rows: an accumulator of W is, in the same order, an A fragment.
-// Calls meanwhile() while it is at work.
-template <class Config, class Meanwhile>
-__device__ void second_product(float (&y)[Config::cols / 2], float (&w)[Config::cols / 2],
-                               uint64_t right, Meanwhile meanwhile) {
+// Y = W @ right for 64 rows: an accumulator of W is, in the same order, an A fragment. Or Y^T =
+// V^T @ left for 64 columns. Calls meanwhile() while it is at work, and waits for it and for the
+// product that this started in `others`.
+template <class Config, class Meanwhile, class... Others>
+__device__ void second_product(float (&y)[Config::n / 2], float (&w)[Config::n / 2],
+                               uint64_t factor, Meanwhile meanwhile, Others&... others) {
   using Operand = typename Config::Operand;
-  constexpr int size = Config::cols / 4;
+  constexpr int size = Config::n / 4;
   uint32_t a[Config::parts * size];
 #pragma unroll
   for (int i = 0; i < size; ++i) {
@@ -553,22 +604,22 @@ __device__ void second_product(float (&y)[Config::cols / 2], float (&w)[Config::
   bool accumulate = false;
   for_each_product<Config>([&](int part, int b) {
 #pragma unroll
-    for (int k = 0; k < Config::cols; k += 16) {
-      wgmma<Operand, Config::cols>(y, a + part * size + k / 4,
-                                   advance(right, b * Config::right_bytes + k * Config::width * 2),
-                                   accumulate);
+    for (int k = 0; k < Config::n; k += 16) {
+      wgmma<Operand, Config::n>(y, a + part * size + k / 4,
+                                advance(factor, b * Config::b_bytes + k * Config::b_width * 2),
+                                accumulate);
       accumulate = true;
     }
   });
   wgmma_commit();
   meanwhile();
-  wgmma_wait(y);
+  wgmma_wait(y, others...);
 }
 
 // Takes the scales off Y again. Returns below which max|Y| the token is to be computed again; Y is
 // NaN where float32 has no such power of two.
 template <class Config>
-__device__ __forceinline__ float scale_back(float (&y)[Config::cols / 2], const TokenSplit& token,
+__device__ __forceinline__ float scale_back(float (&y)[Config::n / 2], const TokenSplit& token,
                                             int factor_exponents, const Problem& problem) {
   const int exponent = -(token.exponent + factor_exponents);
   const float scale = exponent >= -126 && exponent <= 127 ? power_of_two(exponent) : NAN;
@@ -577,22 +628,63 @@ __device__ __forceinline__ float scale_back(float (&y)[Config::cols / 2], const 
   return token.is_zero ? 0.0f : scale * least_magnitude(problem);
 }
 
+// Y of a thread: of each of its tiles, the rows of which follow those of the tile before.
+template <class Config>
+using Accumulators = float[Config::tiles][Config::n / 2];
+__device__ __forceinline__ ThreadRows tile_rows(ThreadRows first, int tile) {
+  return {first.first_row + 64 * tile, first.quad_lane};
+}
+
+// Whether this warp starts the stores of its group's staged codes.
+template <class Config>
+__device__ __forceinline__ bool is_storing_warp() {
+  return threadIdx.x % Config::group_threads / 32 == 1;
+}
+
+// The group's staged codes to memory. They are complete, as all of its threads have met.
+template <class Config>
+__device__ __forceinline__ void store_staged(const Problem& problem,
+                                             const SharedMemory<Config>& shared, void* codes,
+                                             uint32_t token, int group) {
+  if (!is_storing_warp<Config>()) return;
+  with_storage(problem, [&](auto storage) {
+    StagedCodes<Config, storage()>(shared.codes, group).start_storing(problem, codes, token);
+  });
+}
+
 // Calls use(store) with what stores codes of the problem's storage.
 template <class Config, Outputs outputs, class Use>
-__device__ __forceinline__ void with_store(const float (&y)[Config::cols / 2],
-                                           const Problem& problem, uint32_t token,
-                                           ThreadRows thread, Use use) {
+__device__ __forceinline__ void with_store(const Accumulators<Config>& y, const Problem& problem,
+                                           const SharedMemory<Config>& shared, uint32_t token,
+                                           ThreadRows thread, int group, Use use) {
   with_storage(problem, [&](auto storage) {
     // What the storage makes of the token is computed here, for all outputs; beside a second
     // accumulator, which leaves no registers for it, only where it is used.
     use([&, token = opaque(token)](void* codes, const TokenScale& scale, auto clamp) {
       const uint32_t place = Config::overlaps ? opaque(token) : token;
-      if constexpr (Config::is_ragged) {
-        store_codes_by_fours<Config::cols, outputs, storage(), clamp()>(y, scale, problem, codes,
-                                                                        place, thread);
+      if constexpr (Config::is_transposed) {
+        StagedCodes<Config, storage()>(shared.codes, group)
+            .template stage<clamp()>(y, scale, thread);
+        fence_proxy_async();
+        // Of one output they are stored behind the next token's barrier.
+        if constexpr (outputs != Outputs::simple) {
+          named_barrier_sync(group, Config::group_threads);
+          store_staged(problem, shared, codes, place, group);
+          bulk_store_wait();
+          named_barrier_sync(group, Config::group_threads);
+        }
       } else {
-        store_codes<Config::cols, outputs, storage(), clamp()>(y, scale, problem, codes, place,
-                                                               thread);
+#pragma unroll
+        for (int tile = 0; tile < Config::tiles; ++tile) {
+          const ThreadRows rows = tile_rows(thread, tile);
+          if constexpr (Config::is_ragged) {
+            store_codes_by_fours<Config::cols, outputs, storage(), clamp()>(y[tile], scale, problem,
+                                                                            codes, place, rows);
+          } else {
+            store_codes<Config::cols, outputs, storage(), clamp()>(y[tile], scale, problem, codes,
+                                                                   place, rows);
+          }
+        }
       }
     });
   });
@@ -600,31 +692,56 @@ __device__ __forceinline__ void with_store(const float (&y)[Config::cols / 2],
 
 // Calls past_barrier() behind the group's barrier.
 template <class Config, Outputs outputs, class PastBarrier>
-__device__ void epilogue(float (&y)[Config::cols / 2], const Problem& problem,
+__device__ void epilogue(Accumulators<Config>& y, const Problem& problem,
                          const SharedMemory<Config>& shared, uint32_t token, ThreadRows thread,
                          int group, int set, const Ratios& ratios, float least,
                          PastBarrier past_barrier) {
   const auto reduce_token = [&](const auto& values, int used) {
     auto& storage = *shared.storage;
+    auto own = reduce<Reduced<outputs>>(values[0]);
+#pragma unroll
+    for (int tile = 1; tile < Config::tiles; ++tile) {
+      own.include(reduce<Reduced<outputs>>(values[tile]));
+    }
     if constexpr (outputs == Outputs::simple) {
-      return reduce_group<Config>(reduce<Magnitude>(values), storage.magnitudes[used][group],
-                                  group);
+      return reduce_group<Config>(own, storage.magnitudes[used][group], group);
     } else {
-      return reduce_group<Config>(reduce<Extremes>(values), storage.extremes[used][group], group);
+      return reduce_group<Config>(own, storage.extremes[used][group], group);
     }
   };
   const auto store = [&](const auto& values, const Reduced<outputs>& reduced) {
     store_token<outputs, true>(
         problem, token, reduced, ratios, thread.first_row < 16,
-        [&](auto use) { with_store<Config, outputs>(values, problem, token, thread, use); },
-        [&] { store_transformed<Config::cols, outputs>(values, problem, token, thread); });
+        [&](auto use) {
+          with_store<Config, outputs>(values, problem, shared, token, thread, group, use);
+        },
+        [&] {
+#pragma unroll
+          for (int tile = 0; tile < Config::tiles; ++tile) {
+            const ThreadRows rows = tile_rows(thread, tile);
+            if constexpr (Config::is_transposed) {
+              store_transformed_transposed(values[tile], problem, token, rows);
+            } else {
+              store_transformed<Config::cols, outputs>(values[tile], problem, token, rows);
+            }
+          }
+        });
   };
   const Reduced<outputs> reduced = reduce_token(y, set);
   past_barrier();
   const float magnitude = reduced.magnitude();
   if (!(magnitude < INFINITY) || (Config::is_float32 && magnitude < least)) {
-    float exact[Config::cols / 2];
-    exact_transform<typename Config::Element, outputs>(exact, problem, token, thread);
+    using Element = typename Config::Element;
+    Accumulators<Config> exact;
+#pragma unroll
+    for (int tile = 0; tile < Config::tiles; ++tile) {
+      const ThreadRows rows = tile_rows(thread, tile);
+      if constexpr (Config::is_transposed) {
+        exact_transform_transposed<Element>(exact[tile], problem, token, rows);
+      } else {
+        exact_transform<Element, outputs>(exact[tile], problem, token, rows);
+      }
+    }
     const Reduced<outputs> reduced_exact = reduce_token(exact, set ^ 1);
     token_sync<Config>(group);  // all have read this set
     store(exact, reduced_exact);
@@ -638,25 +755,41 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
                      const SharedMemory<Config>& shared, TokenSource<Config>& source,
                      int factor_exponents) {
   const int warpgroup = warp_uniform(threadIdx.x / 128);
-  const int group = warpgroup / Config::row_tiles, row_tile = warpgroup % Config::row_tiles;
+  const int group = warpgroup / Config::group_warpgroups;
+  const int row_tile = warpgroup % Config::group_warpgroups;
   const ThreadRows thread{block_row<Config>() + 64 * row_tile +
                               static_cast<int>(threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4),
                           static_cast<int>(threadIdx.x % 4)};
   constexpr auto swizzle = static_cast<Swizzle>(Config::width * 2);
   constexpr int panel_bytes = Config::slice_rows * Config::width * 2;
-  const uint64_t left = wgmma_descriptor(shared.left + row_tile * Config::depth * 128,
-                                         Swizzle::bytes128, Config::depth * 128);
-  const uint64_t right = wgmma_descriptor(shared.right, swizzle, Config::cols * Config::width * 2);
+  constexpr int tile_bytes = Config::k * 128;  // of A
+  const uint64_t a =
+      wgmma_descriptor((Config::is_transposed ? shared.right : shared.left) + row_tile * tile_bytes,
+                       Swizzle::bytes128, tile_bytes);
+  const uint64_t b =
+      wgmma_descriptor(Config::is_transposed ? shared.left : shared.right,
+                       static_cast<Swizzle>(Config::b_width * 2), Config::n * Config::b_width * 2);
   const uint64_t ring = wgmma_descriptor(shared.ring, swizzle, panel_bytes);
 
   constexpr bool is_y = outputs == Outputs::left_only;  // W
   constexpr bool overlaps = Config::overlaps && !is_y;  // as that takes both accumulators
   constexpr bool cuts_early = overlaps && Config::is_ragged;
+  constexpr bool stores_late = Config::is_transposed && outputs == Outputs::simple;
   const Ratios ratios(lane_output(problem));
   int stage = group;
   uint32_t parity = 0;  // of the stage's use
   TokenSplit token_split{};
-  float w[Config::cols / 2], y[Config::cols / 2];
+  Accumulators<Config> y;
+  float other[Config::n / 2];
+  float (&w)[Config::n / 2] = is_y ? y[0] : other;
+  // The last token's codes to memory, if there was one.
+  uint32_t staged_token = static_cast<uint32_t>(problem.tokens);
+  const auto store_late = [&] {
+    if constexpr (stores_late) {
+      if (staged_token >= problem.tokens) return;
+      store_staged(problem, shared, problem.outputs[0].codes, staged_token, group);
+    }
+  };
   // Waits for the next token and returns which it is. Past the last one the thread ends, by the
   // `number` that is known ahead, so that product 1 does not wait for what was read here; if one is
   // still in work, it goes on with what an earlier token left, and nobody looks at it: a condition
@@ -681,14 +814,14 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
   };
   const auto multiply = [&](uint32_t token) {
     wgmma_begin(w);
-    start_first_product<Config>(w, left, advance(ring, stage * Config::stage_bytes));
+    start_first_product<Config>(w, a, advance(ring, stage * Config::stage_bytes));
 #pragma unroll 1
     for (int slice = 1; slice < Config::slices; ++slice) {
       const int used = stage;
       next_stage();
       mbarrier_wait(&shared.storage->full[stage], parity);
       wgmma_begin();
-      start_first_product<Config>(w, advance(left, slice * Config::slice_rows * 64 * 2),
+      start_first_product<Config>(w, advance(a, slice * Config::slice_rows * 64 * 2),
                                   advance(ring, stage * Config::stage_bytes), true);
       // The next token's slices wait until this one's are read.
       const int next_slice = slice - 1 + Config::stages;
@@ -708,42 +841,67 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
     const int used = stage;
     const auto refill = [&] {
       if constexpr (Config::slices > 1) {
-        for (int i = 0; i < Config::stages; ++i) {
-          fill_slice(input_map, problem, shared, (used + 1 + i) % Config::stages,
-                     token + gridDim.x / Config::blocks, i);
-        }
+        fill_slices(input_map, problem, shared, used + 1, token + token_step<Config>());
       } else if (threadIdx.x % Config::group_threads == 0) {
         fill(input_map, problem, shared, used, source.take());
       }
     };
-    if constexpr (Config::refills_early) {
-      named_barrier_sync(group, Config::group_threads);
-      if constexpr (Config::slices == 1 || is_y) refill();
-    }
+    // Once the first product has read the stage.
+    const auto refill_early = [&] {
+      if constexpr (Config::refills_early) {
+        named_barrier_sync(group, Config::group_threads);
+        if constexpr (Config::slices == 1 || is_y) refill();
+        store_late();
+      }
+    };
+    if constexpr (Config::tiles == 1) refill_early();
     next_stage();
-    float (&result)[Config::cols / 2] = is_y ? w : y;
+    // A tile's second product runs beside the next one's first.
+    if constexpr (Config::tiles > 1) {
+      float (&w_next)[Config::n / 2] = is_y ? y[1] : other;
+      const auto start_next = [&] {
+        wgmma_begin(w_next);
+        start_first_product<Config>(w_next, advance(a, tile_bytes),
+                                    advance(ring, used * Config::stage_bytes));
+      };
+      if constexpr (is_y) {
+        start_next();
+        wgmma_wait(w_next);
+      } else {
+        second_product<Config>(y[0], w, b, start_next, w_next);
+      }
+      refill_early();
+    }
     uint32_t next;
     if constexpr (!is_y) {
-      second_product<Config>(y, w, right, [&] {
+      second_product<Config>(y[Config::tiles - 1], w, b, [&] {
         if constexpr (cuts_early) next = arrive();
         if constexpr (Config::slices > 1) refill();
       });
     }
     float least = 0.0f;
     if constexpr (Config::is_float32) {
-      least = scale_back<Config>(result, token_split, factor_exponents, problem);
+      least = scale_back<Config>(y[0], token_split, factor_exponents, problem);
     }
     if constexpr (overlaps) {
       if constexpr (!cuts_early) next = arrive();
       multiply(next);
     }
     uint32_t number;  // of the next token
-    epilogue<Config, outputs>(result, problem, shared, token, thread, group, set, ratios, least,
-                              [&] {
-                                number = shared.storage->tokens[stage];
-                                if constexpr (!Config::refills_early) refill();
-                              });
+    if constexpr (stores_late) bulk_store_wait();
+    epilogue<Config, outputs>(y, problem, shared, token, thread, group, set, ratios, least, [&] {
+      number = shared.storage->tokens[stage];
+      if constexpr (!Config::refills_early) refill();
+    });
     set ^= 1;
+    if constexpr (stores_late) {
+      staged_token = token;
+      if (number >= problem.tokens) {
+        named_barrier_sync(group, Config::group_threads);
+        store_late();
+        bulk_store_wait();
+      }
+    }
     if constexpr (!overlaps) {
       next = arrive(number);
       multiply(next);
@@ -759,7 +917,7 @@ __global__ void __launch_bounds__(Config::threads, 1)
   const SharedMemory<Config> shared(dynamic_shared_memory());
   const int group = threadIdx.x / Config::group_threads;
   const uint32_t first = blockIdx.x / Config::blocks + group * (gridDim.x / Config::blocks);
-  const uint32_t step = Config::groups * (gridDim.x / Config::blocks);
+  const uint32_t step = token_step<Config>();
   // One thread asks for the group's first token at once; one of another warp, so that neither warp
   // is late with its share of the factors, for the next ones, after those.
   const int group_thread = threadIdx.x % Config::group_threads;
@@ -776,9 +934,7 @@ __global__ void __launch_bounds__(Config::threads, 1)
   }
   if constexpr (Config::slices > 1) {
     __syncthreads();
-    for (int stage = 0; stage < Config::stages; ++stage) {
-      fill_slice(input_map, problem, shared, stage, first, stage);
-    }
+    fill_slices(input_map, problem, shared, 0, first);
   }
   int factor_exponents = 0;
   RightFactor<Config> right;
@@ -817,8 +973,14 @@ void with_instantiation(const Problem& problem, Use use) {
   if constexpr (!std::is_same_v<Element, float>) {
     using Class = Config<Element, Element, depth, cols>;
     using Ragged = Config<Element, Element, depth, cols, 1, has_ragged(shape)>;
+    using Transposed = Config<Element, Element, depth, cols, 1, false, is_transposed(shape)>;
     with_outputs(problem, [&](auto outputs) {
-      is_ragged(problem.cols) ? use(Ragged(), outputs) : use(Class(), outputs);
+      if (is_transposed(shape, problem)) {
+        // That is never left_only.
+        if constexpr (outputs() != Outputs::left_only) use(Transposed(), outputs);
+      } else {
+        is_ragged(problem.cols) ? use(Ragged(), outputs) : use(Class(), outputs);
+      }
     });
   } else if constexpr (has_float32(shape)) {
     using Highest = Config<float, __half, depth, cols, 2>;

@@ -1,7 +1,8 @@
 // Does the emulator notice mistakes? check_emulator MISTAKE runs a small kernel that makes it: one
 // warpgroup multiplies two 64 x 64 matrices that another warp has had copied to shared memory.
-// Then the two blocks of a cluster give each other a number. The exit status is 0 only if the
-// product and the numbers are right; a broken rule has its message.
+// Then the two blocks of a cluster give each other a number, and a block stores some to global
+// memory in bulk. The exit status is 0 only if the product and the numbers are right; a broken rule
+// has its message.
 #include <cmath>
 #include <string>
 
@@ -96,6 +97,23 @@ static void cluster_kernel() {
   if (threadIdx.x == 0) given[rank] = *number;
 }
 
+alignas(16) static int stored[2][64];
+
+static void store_kernel() {
+  int* const numbers = reinterpret_cast<int*>(dynamic_shared_memory());
+  for (int round = 0; round < 2; ++round) {
+    numbers[threadIdx.x] = 64 * round + static_cast<int>(threadIdx.x);
+    if (!makes("bulk store without fence")) fence_proxy_async();
+    named_barrier_sync(0, 64);
+    if (threadIdx.x == 0) {
+      const int from = makes("misaligned bulk store") ? 1 : 0;
+      bulk_store(numbers + from, stored[round], sizeof stored[round]);
+      if (!makes("no wait for bulk store")) bulk_store_wait();
+    }
+    named_barrier_sync(0, 64);
+  }
+}
+
 static float element(int matrix, int k, int col) { return (k * 7 + col * (matrix + 3)) % 11 - 5; }
 
 static CUtensorMap make_map(int matrix) {
@@ -134,6 +152,13 @@ int main(int argument_count, char** arguments) {
     given[0] = given[1] = -1;
     machine.launch(dim3(2), dim3(64), 16, seed, cluster_kernel, 2);
     if (given[0] != 1 || given[1] != 0) emulator::fail("wrong number with seed %d", seed);
+  }
+  for (int seed = 0; seed < 50; ++seed) {
+    std::memset(stored, -1, sizeof stored);
+    machine.launch(dim3(1), dim3(64), sizeof stored[0], seed, store_kernel);
+    for (int i = 0; i < 128; ++i) {
+      if (stored[i / 64][i % 64] != i) emulator::fail("wrong copy with seed %d", seed);
+    }
   }
   return 0;
 }

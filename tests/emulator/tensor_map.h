@@ -1,5 +1,5 @@
-// The copy engine's loads: tiled ones of a 3-D tensor map, whose fields lie in the bytes of
-// CUtensorMap (the true encoding is the driver's secret), and those of bytes as they follow each
+// The copy engine: tiled loads of a 3-D tensor map, whose fields lie in the bytes of CUtensorMap
+// (the true encoding is the driver's secret), and loads and stores of bytes as they follow each
 // other.
 #pragma once
 
@@ -118,6 +118,52 @@ inline void bulk_load(const void* from, uint64_t* barrier, void* destination, ui
     mbarriers().complete_bytes(barrier, bytes);
   };
   machine().post(copy, machine().random().below(24) == 0);
+}
+
+// cp.async.bulk.global.shared in bulk groups: shared memory is read some time after the store was
+// issued and before its thread has waited for it.
+class BulkStores {
+ public:
+  void block_starts() {
+    for (ThreadState& thread : threads_) thread = ThreadState();
+  }
+
+  void issue(const void* source, void* global, uint32_t bytes) {
+    const uint32_t from = shared_address(source);
+    if (from % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes % 16 != 0) {
+      fail("bulk copy of %u bytes from %#x to %p, not all multiples of 16", bytes, from, global);
+    }
+    const unsigned char* const view = machine().shared().async_view(from, bytes);
+    ThreadState& thread = threads_[machine().thread()];
+    ++thread.in_flight;
+    auto copy = [=, &thread] {
+      std::memcpy(global, view, bytes);
+      --thread.in_flight;
+      machine().notify(thread.queue);
+    };
+    machine().post(copy, machine().random().below(24) == 0);
+  }
+
+  // cp.async.bulk.wait_group.read 0
+  void wait() {
+    ThreadState& thread = threads_[machine().thread()];
+    machine().wait(
+        thread.queue, [&] { return format("%d bulk stores", thread.in_flight); },
+        [&] { return thread.in_flight == 0; });
+  }
+
+ private:
+  struct ThreadState {
+    int in_flight = 0;
+    WaitQueue queue;
+  };
+
+  ThreadState threads_[1024];
+};
+
+inline BulkStores& bulk_stores() {
+  static BulkStores stores;
+  return stores;
 }
 
 }  // namespace emulator

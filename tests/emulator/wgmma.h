@@ -1,8 +1,8 @@
 // wgmma.mma_async: D (64 x n, float) = A (64 x 16) @ B (16 x n) (+ D), with 16-bit A and B, B and a
-// shared-memory A contiguous along N and M ("MN-major"), by the fragments and canonical layouts of
-// the PTX ISA. A warp's 16 rows are computed some time after its 32 threads have issued the
-// operation and before they have waited for it, whatever the other warps of the warpgroup do; in
-// between, the accumulators hold NaNs, and a changed register is an error.
+// shared-memory A contiguous along N and M ("MN-major") or B along K, by the fragments and
+// canonical layouts of the PTX ISA. A warp's 16 rows are computed some time after its 32 threads
+// have issued the operation and before they have waited for it, whatever the other warps of the
+// warpgroup do; in between, the accumulators hold NaNs, and a changed register is an error.
 #pragma once
 
 #include <deque>
@@ -20,11 +20,13 @@ struct WgmmaOperation {
   ElementType type;
   int n;
   bool a_in_registers;
-  uint64_t a, b;  // descriptors
+  uint64_t a, b;   // descriptors
+  bool b_along_k;  // where it is contiguous
   bool accumulate;
   bool operator==(const WgmmaOperation& other) const {
     return type == other.type && n == other.n && a_in_registers == other.a_in_registers &&
-           a == other.a && b == other.b && accumulate == other.accumulate;
+           a == other.a && b == other.b && b_along_k == other.b_along_k &&
+           accumulate == other.accumulate;
   }
 };
 
@@ -90,13 +92,16 @@ class Wgmma {
     wait_for(part, part.committed_before);
   }
 
-  // wgmma.wait_group 0: for all that the thread has committed. `d` are the accumulators that the
-  // program names; were there others too, the compiler would not know that they have changed.
-  void wait(float* d) {
+  // wgmma.wait_group 0: for all that the thread has committed. `named` are the accumulators that
+  // the program names; were there others too, the compiler would not know that they have changed.
+  void wait(std::initializer_list<float*> named) {
     ThreadState& thread = self();
     for (Part& part : thread.chains) {
       if (part.committed == 0) continue;
-      if (part.d != d) fail("waited for wgmma whose accumulators are not named");
+      float* const d = part.d;
+      if (std::find(named.begin(), named.end(), d) == named.end()) {
+        fail("waited for wgmma whose accumulators are not named");
+      }
       Chain& chain = *part.chain;
       const int lane = machine().thread() % warpgroup_size;
       wait_for(part, part.committed);
@@ -249,13 +254,26 @@ class Wgmma {
     return bits;
   }
 
-  static Descriptor decode(uint64_t bits) {
+  // The same of a K-major one: ((8, m), (T, W)) : ((W T, SBO), (1, T)).
+  static uint16_t element_along_k(const Descriptor& matrix, int mn, int k) {
+    const int span = matrix.swizzle_span;
+    const uint32_t address = matrix.start + mn / 8 * matrix.stride + mn % 8 * span + k * 2;
+    uint16_t bits;
+    std::memcpy(&bits, machine().shared().async_view(swizzle(address, span), 2), 2);
+    return bits;
+  }
+
+  static Descriptor decode(uint64_t bits, bool along_k = false) {
     const Descriptor matrix = Descriptor::decode(bits);
     if (matrix.encode() != bits) fail("reserved bits in wgmma descriptor %#llx", 0ull + bits);
     if (matrix.swizzle_span == 16) fail("wgmma operand without swizzle: not modelled");
     // Then base_offset is 0 by definition; an operand that starts inside the pattern is not
-    // modelled.
-    if (matrix.base_offset != 0 || matrix.start % (8 * matrix.swizzle_span) != 0) {
+    // modelled, but for a K-major one that starts inside its first row.
+    const uint32_t into_pattern = matrix.start % (8 * matrix.swizzle_span);
+    const bool starts = along_k ? into_pattern < static_cast<uint32_t>(matrix.swizzle_span) &&
+                                      into_pattern % 32 == 0
+                                : into_pattern == 0;
+    if (matrix.base_offset != 0 || !starts) {
       fail("wgmma operand at %#x with base offset %d does not start a swizzle pattern",
            matrix.start, matrix.base_offset);
     }
@@ -287,10 +305,12 @@ class Wgmma {
         }
       }
     }
-    const Descriptor matrix = decode(operation.b);
+    const Descriptor matrix = decode(operation.b, operation.b_along_k);
     for (int k = 0; k < 16; ++k) {
       for (int col = 0; col < n; ++col) {
-        b[k][col] = to_float(operation.type, element(matrix, col, k));
+        const uint16_t bits =
+            operation.b_along_k ? element_along_k(matrix, col, k) : element(matrix, col, k);
+        b[k][col] = to_float(operation.type, bits);
       }
     }
     for (int m = 0; m < 16; ++m) {
@@ -316,6 +336,7 @@ inline Wgmma& wgmma_unit() {
 inline void attach_sm90() {
   machine().block_starts = [] {
     async_copies().block_starts();
+    bulk_stores().block_starts();
     mbarriers().block_starts();
     wgmma_unit().block_starts();
   };

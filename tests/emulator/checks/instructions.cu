@@ -28,6 +28,10 @@ extern "C" __global__ void copy(const __grid_constant__ CUtensorMap map, Mbarrie
   bulk_load(&map, barrier, shared, 48);
   fence_proxy_async();
 }
+extern "C" __global__ void store(const void* shared, void* global) {
+  bulk_store(shared, global, 48);
+  bulk_store_wait();
+}
 extern "C" __global__ void products(float* out, uint64_t a, uint64_t b) {
   float d[12];
   uint32_t registers[4];
@@ -36,6 +40,7 @@ extern "C" __global__ void products(float* out, uint64_t a, uint64_t b) {
   wgmma_begin(registers);
   wgmma_begin(d);
   wgmma<__half, 24>(d, a, b, false);
+  wgmma<__half, 24, Major::k>(d, a, b, true);
   wgmma<__nv_bfloat16, 24>(d, registers, b, true);
   wgmma_commit();
   wgmma_wait_previous();

@@ -13,6 +13,7 @@ inline size_t __cvta_generic_to_shared(const void* pointer) {
 #include "../descriptor.h"
 #include "sm90/config.h"
 #include "sm90/hopper.cuh"
+#include "sm90/transposed.cuh"
 
 using namespace cute;
 using namespace flatquant::sm90;
@@ -85,6 +86,53 @@ void check_matrix() {
   });
 }
 
+// A transposed class's token, B of `rows` by k in panels of 64 of `cols` k.
+template <class Token>
+void check_token_along_k() {
+  constexpr int rows = Token::depth, cols = Token::cols;
+  emulator::SharedMemory& memory = emulator::machine().shared();
+  memory.reset(rows * cols * 2);
+  auto* base = reinterpret_cast<half_t*>(memory.dynamic());
+  const auto layout = tile_to_shape(gmma::Layout_K_SW128_Atom<half_t>(),
+                                    Shape<Int<rows>, Int<cols>>(), Step<_1, _2>());
+  const auto matrix = make_tensor(make_smem_ptr(base), layout);
+  for (int row = 0; row < rows; ++row) {
+    for (int k = 0; k < cols; ++k) {
+      expect_equal(Panel::offset(64, rows, row, k), &matrix(row, k) - base, "Panel::offset", cols,
+                   rows, row * cols + k);
+    }
+  }
+  // Swizzled, it has no leading dimension: CuTe leaves the field 0.
+  constexpr uint64_t fields = ~uint64_t(0x3fff0000);
+  const auto descriptors =
+      make_tensor<gmma::smem_desc<gmma::Major::K>>(tiled_divide(matrix, Shape<Int<rows>, _16>()));
+  const uint64_t first = wgmma_descriptor(base, flatquant::sm90::Swizzle::bytes128, rows * 64 * 2);
+  for (int k = 0; k < cols; k += 16) {
+    const uint64_t cute_descriptor = descriptors(0, 0, k / 16);
+    const uint64_t descriptor = advance(first, Token::k_bytes(k));
+    expect_equal(descriptor & fields, cute_descriptor & fields, "wgmma_descriptor", cols, rows, k);
+  }
+}
+
+// Every row and column is some accumulator's, at the position where its factor's column is put.
+template <int rows, int cols>
+void check_transposed_order() {
+  using Order = TransposedOrder<rows>;
+  for (int i = 0; i < rows / 2; ++i) {
+    for (int lane = 0; lane < 32; ++lane) {
+      const int position = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      expect_equal(Order::position_of_row(Order::row(i, lane % 4)), position, "position_of_row",
+                   cols, rows, position);
+      for (int first = 0; first < cols; first += 16) {
+        const int col = Order::column(i, first + lane / 4);
+        const int half = i / 2 % 2 * 8;
+        expect_equal(Order::position_of_column(col), first + lane / 4 + half, "position_of_column",
+                     cols, rows, first);
+      }
+    }
+  }
+}
+
 template <int... indices>
 void check_classes(std::integer_sequence<int, indices...>) {
   auto check = [](auto index) {
@@ -94,6 +142,14 @@ void check_classes(std::integer_sequence<int, indices...>) {
     check_matrix<width, panel_cols, panel_cols, shape.cols>();         // right
     check_matrix<width, panel_cols, panel_cols, Class::slice_rows>();  // token, or a slice of it
     check_matrix<64, 64 * shape.row_tiles(), 64, shape.depth>();       // left
+    if constexpr (is_transposed(shape)) {
+      using Transposed = Config<__half, __half, shape.depth, shape.cols, 1, false, true>;
+      constexpr int b_width = Transposed::b_width, b_cols = Transposed::b_cols;
+      check_matrix<64, shape.cols, 64, shape.cols>();        // right
+      check_matrix<b_width, b_cols, b_cols, shape.depth>();  // left
+      check_token_along_k<Transposed>();
+      check_transposed_order<shape.depth, shape.cols>();
+    }
   };
   (check(std::integral_constant<int, indices>()), ...);
 }

@@ -59,6 +59,10 @@ inline void tma_load_3d(const CUtensorMap* map, Mbarrier* barrier, void* shared,
 inline void bulk_load(const void* global, Mbarrier* barrier, void* shared, int bytes) {
   emulator::bulk_load(global, barrier, shared, bytes);
 }
+inline void bulk_store(const void* shared, void* global, int bytes) {
+  emulator::bulk_stores().issue(shared, global, bytes);
+}
+inline void bulk_store_wait() { emulator::bulk_stores().wait(); }
 
 enum class Swizzle : int { bytes32 = 32, bytes64 = 64, bytes128 = 128 };
 
@@ -73,13 +77,17 @@ template <class Element>
 constexpr emulator::ElementType wgmma_element =
     std::is_same_v<Element, __half> ? emulator::ElementType::half : emulator::ElementType::bfloat16;
 
-template <class Element, int n>
+enum class Major { n, k };
+
+template <class Element, int n, Major b_major = Major::n>
 void wgmma(float (&d)[n / 2], uint64_t a, uint64_t b, bool accumulate) {
-  emulator::wgmma_unit().issue({wgmma_element<Element>, n, false, a, b, accumulate}, d, nullptr);
+  const bool along_k = b_major == Major::k;
+  emulator::wgmma_unit().issue({wgmma_element<Element>, n, false, a, b, along_k, accumulate}, d,
+                               nullptr);
 }
 template <class Element, int n>
 void wgmma(float (&d)[n / 2], const uint32_t* a, uint64_t b, bool accumulate) {
-  emulator::wgmma_unit().issue({wgmma_element<Element>, n, true, 0, b, accumulate}, d, a);
+  emulator::wgmma_unit().issue({wgmma_element<Element>, n, true, 0, b, false, accumulate}, d, a);
 }
 
 template <class... Registers>
@@ -88,9 +96,9 @@ void wgmma_begin(Registers&... registers) {
 }
 inline void wgmma_commit() { emulator::wgmma_unit().commit(); }
 inline void wgmma_wait_previous() { emulator::wgmma_unit().wait_previous(); }
-template <int count>
-void wgmma_wait(float (&d)[count]) {
-  emulator::wgmma_unit().wait(d);
+template <class... Accumulators>
+void wgmma_wait(Accumulators&... d) {
+  emulator::wgmma_unit().wait({d...});
 }
 
 }  // namespace flatquant::sm90
