@@ -64,6 +64,8 @@ SHAPES_OF_ONE = {
 }
 # Of these the other operators too, with fewer tokens.
 SHAPES_OF_ALL = [(64, 64), (24, 24), (86, 128), (128, 148), (208, 256), (13, 17), (1, 8)]
+# Where sm90 has the copy engine store codes of 16-bit inputs, which initcheck does not see.
+BULK_STORES = {(86, 128), (142, 192)}
 CLIP_RATIOS = [1.0, (0.9, 0.3), (1e-4, 1.0)]
 
 wrong = 0
@@ -151,7 +153,11 @@ def check_all(problem: Problem, kernel: str, device: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", help="cpu tries the suite on the reference")
-    device = parser.parse_args().device
+    parser.add_argument(
+        "--no-bulk-stores", action="store_true", help="without sm90 where the copy engine stores"
+    )
+    arguments = parser.parse_args()
+    device = arguments.device
     if device == "cuda" and NO_GPU:
         print(NO_GPU)
         return 2
@@ -167,6 +173,8 @@ def main() -> int:
             names = available_kernels(M, N, dtype, device)
             if shape in SHAPES_OF_ONE:
                 names = [name for name in names if name in (SHAPES_OF_ONE[shape], "reference")]
+            if arguments.no_bulk_stores and (M, N) in BULK_STORES and dtype != torch.float32:
+                names = [name for name in names if name != "sm90"]
             for kernel in names if device == "cpu" else names[:-1]:
                 for x in layouts(problem.input):
                     if x.stride(0) * dtype.itemsize % ops._ALIGNMENT.get(kernel, 1) == 0:
