@@ -44,12 +44,12 @@ def draw(reports: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
         if figure is None:
             continue
         environment = reports[0]["environment"]
-        commit = (environment["commit"] or "unknown")[:7]
+        commits = {(report["environment"]["commit"] or "unknown")[:7]: None for report in reports}
         figure.text(
             0.99,
             0.005,
             f"{environment['gpu'] or 'CPU'}, torch {environment['torch']}, "
-            f"{environment['date']}, commit {commit}",
+            f"{environment['date']}, commit {', '.join(commits)}",
             ha="right",
             fontsize=6,
             color="grey",
