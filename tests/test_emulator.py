@@ -457,7 +457,7 @@ def test_sm90_in_every_class(sm90: Path, tmp_path: Path, case: Case) -> None:
         # Transposed products.
         Case(86, 128, 30, blocks=1),
         Case(65, 128, 8, BFLOAT16, packed=False, gap=8),
-        Case(76, 128, 9, clip_ratios=(0.5,), blocks=3),
+        Case(76, 128, 30, clip_ratios=(0.5,), blocks=1),
         Case(84, 128, 400, blocks=3),  # the last quarter is first come, first served
         Case(138, 192, 5, packed=False, clip_ratios=(1.5,)),
         Case(132, 192, 4, BFLOAT16, blocks=1),
@@ -489,6 +489,7 @@ def test_sm90(sm90: Path, tmp_path: Path, case: Case) -> None:
         Case(128, 144, 9, blocks=1),
         Case(150, 152, 5),
         Case(86, 128, 40, blocks=1),  # transposed products
+        Case(70, 128, 30),
         Case(142, 192, 6),
         Case(60, 84, 40, blocks=1),  # ragged tokens
         Case(128, 140, 9),
@@ -587,6 +588,7 @@ def check_special(case: Case, outputs: list[Output], problem: Problem, special: 
         Case(100, 136, 6, packed=False),
         Case(190, 152, 6),
         Case(86, 128, 9, blocks=1),  # transposed products
+        Case(78, 128, 30, BFLOAT16, blocks=1),
         Case(130, 192, 6, BFLOAT16, packed=False),
         Case(208, 232, 6),  # clusters
         Case(64, 76, 9, blocks=1),  # ragged tokens

@@ -122,11 +122,10 @@ constexpr Problem regrouped(const Problem& problem) {
 
 // All matrices in shared memory are operands of 2-byte elements with k as their row: the left
 // factor (k, m), the token (k, n) and the right factor (k, n); or transposed the right factor (k,
-// m), the left factor (k, n) and the token (n, k), which lies as it does else. Each is cut into
-// panels
-// of `width` columns by `depth` rows, a row being one swizzle span (32, 64 or 128 bytes), panels
-// one after another. The wider the faster, so that the last panel may have columns that nobody
-// reads.
+// m), the left factor (k, n) and the token (n, k), which lies as it does otherwise. Each is cut
+// into panels of `width` columns by `depth` rows, a row being one swizzle span (32, 64 or 128
+// bytes), panels one after another. The wider the faster, so that the last panel may have columns
+// that nobody reads.
 struct Panel {
   static constexpr int width(int cols) { return cols <= 16 ? 16 : cols <= 32 ? 32 : 64; }
 

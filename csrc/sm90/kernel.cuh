@@ -635,18 +635,13 @@ __device__ __forceinline__ ThreadRows tile_rows(ThreadRows first, int tile) {
   return {first.first_row + 64 * tile, first.quad_lane};
 }
 
-// Whether this warp starts the stores of its group's staged codes.
-template <class Config>
-__device__ __forceinline__ bool is_storing_warp() {
-  return threadIdx.x % Config::group_threads / 32 == 1;
-}
-
-// The group's staged codes to memory. They are complete, as all of its threads have met.
+// The group's staged codes to memory, by one of its warps. Called behind a barrier of the group
+// that all have met past their fence_proxy_async().
 template <class Config>
 __device__ __forceinline__ void store_staged(const Problem& problem,
                                              const SharedMemory<Config>& shared, void* codes,
                                              uint32_t token, int group) {
-  if (!is_storing_warp<Config>()) return;
+  if (threadIdx.x % Config::group_threads / 32 != 1) return;
   with_storage(problem, [&](auto storage) {
     StagedCodes<Config, storage()>(shared.codes, group).start_storing(problem, codes, token);
   });
@@ -666,7 +661,7 @@ __device__ __forceinline__ void with_store(const Accumulators<Config>& y, const 
         StagedCodes<Config, storage()>(shared.codes, group)
             .template stage<clamp()>(y, scale, thread);
         fence_proxy_async();
-        // Of one output they are stored behind the next token's barrier.
+        // With `simple` they are stored behind the next token's barrier.
         if constexpr (outputs != Outputs::simple) {
           named_barrier_sync(group, Config::group_threads);
           store_staged(problem, shared, codes, place, group);
@@ -888,6 +883,7 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
       multiply(next);
     }
     uint32_t number;  // of the next token
+    // So that the staged codes have been read past the epilogue's barrier.
     if constexpr (stores_late) bulk_store_wait();
     epilogue<Config, outputs>(y, problem, shared, token, thread, group, set, ratios, least, [&] {
       number = shared.storage->tokens[stage];
@@ -896,7 +892,7 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
     set ^= 1;
     if constexpr (stores_late) {
       staged_token = token;
-      if (number >= problem.tokens) {
+      if (number >= problem.tokens) {  // no token will bring a barrier
         named_barrier_sync(group, Config::group_threads);
         store_late();
         bulk_store_wait();
