@@ -44,7 +44,9 @@ def draw(reports: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
         if figure is None:
             continue
         environment = reports[0]["environment"]
-        commits = {(report["environment"]["commit"] or "unknown")[:7]: None for report in reports}
+        commits = dict.fromkeys(
+            (report["environment"]["commit"] or "unknown")[:7] for report in reports
+        )
         figure.text(
             0.99,
             0.005,

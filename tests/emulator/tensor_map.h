@@ -102,13 +102,20 @@ inline void tma_load(const CUtensorMap* encoded, uint64_t* barrier, void* destin
   machine().post(copy, late);
 }
 
+// The shared address of a cp.async.bulk, whose addresses and size must be multiples of 16.
+inline uint32_t bulk_address(const void* shared, const void* global, uint32_t bytes) {
+  const uint32_t address = shared_address(shared);
+  if (address % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes % 16 != 0) {
+    fail("bulk copy of %u bytes between %#x and %p, not all multiples of 16", bytes, address,
+         global);
+  }
+  return address;
+}
+
 // cp.async.bulk.shared.global with mbarrier completion, likewise.
 inline void bulk_load(const void* from, uint64_t* barrier, void* destination, uint32_t bytes) {
   mbarriers().check_visible_to_async(barrier);
-  const uint32_t to = shared_address(destination);
-  if (to % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0) {
-    fail("bulk copy of %u bytes from %p to %#x, not all multiples of 16", bytes, from, to);
-  }
+  const uint32_t to = bulk_address(destination, from, bytes);
   SharedMemory& shared = machine().shared();
   std::memset(shared.generic_view(to, bytes), poison, bytes);
   std::memset(shared.async_view(to, bytes), poison, bytes);
@@ -129,10 +136,7 @@ class BulkStores {
   }
 
   void issue(const void* source, void* global, uint32_t bytes) {
-    const uint32_t from = shared_address(source);
-    if (from % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes % 16 != 0) {
-      fail("bulk copy of %u bytes from %#x to %p, not all multiples of 16", bytes, from, global);
-    }
+    const uint32_t from = bulk_address(source, global, bytes);
     const unsigned char* const view = machine().shared().async_view(from, bytes);
     ThreadState& thread = threads_[machine().thread()];
     ++thread.in_flight;

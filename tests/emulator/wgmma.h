@@ -243,23 +243,18 @@ class Wgmma {
     machine().notify(chain->queues[quarter]);
   }
 
-  // Element (mn, k) of an MN-major operand with a swizzle span of W 16-byte chunks of T elements:
-  // ((T, W, m), (8, k)) : ((1, T, LBO), (W T, SBO)), the swizzle on the address that this gives.
-  static uint16_t element(const Descriptor& matrix, int mn, int k) {
+  // Element (mn, k) of an operand with a swizzle span of W 16-byte chunks of T elements, the
+  // swizzle on the address that this gives: an MN-major one
+  // ((T, W, m), (8, k)) : ((1, T, LBO), (W T, SBO)), a K-major one
+  // ((8, m), (T, W)) : ((W T, SBO), (1, T)).
+  static uint16_t element(const Descriptor& matrix, int mn, int k, bool along_k = false) {
     const int span = matrix.swizzle_span, in_span = mn * 2 % span, panel = mn * 2 / span;
-    const uint32_t address =
-        matrix.start + panel * matrix.leading + k / 8 * matrix.stride + k % 8 * span + in_span;
+    const uint32_t offset =
+        along_k ? mn / 8 * matrix.stride + mn % 8 * span + k * 2
+                : panel * matrix.leading + k / 8 * matrix.stride + k % 8 * span + in_span;
     uint16_t bits;
-    std::memcpy(&bits, machine().shared().async_view(swizzle(address, span), 2), 2);
-    return bits;
-  }
-
-  // The same of a K-major one: ((8, m), (T, W)) : ((W T, SBO), (1, T)).
-  static uint16_t element_along_k(const Descriptor& matrix, int mn, int k) {
-    const int span = matrix.swizzle_span;
-    const uint32_t address = matrix.start + mn / 8 * matrix.stride + mn % 8 * span + k * 2;
-    uint16_t bits;
-    std::memcpy(&bits, machine().shared().async_view(swizzle(address, span), 2), 2);
+    const uint32_t address = swizzle(matrix.start + offset, span);
+    std::memcpy(&bits, machine().shared().async_view(address, 2), 2);
     return bits;
   }
 
@@ -308,9 +303,7 @@ class Wgmma {
     const Descriptor matrix = decode(operation.b, operation.b_along_k);
     for (int k = 0; k < 16; ++k) {
       for (int col = 0; col < n; ++col) {
-        const uint16_t bits =
-            operation.b_along_k ? element_along_k(matrix, col, k) : element(matrix, col, k);
-        b[k][col] = to_float(operation.type, bits);
+        b[k][col] = to_float(operation.type, element(matrix, col, k, operation.b_along_k));
       }
     }
     for (int m = 0; m < 16; ++m) {
