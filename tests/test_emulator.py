@@ -461,6 +461,9 @@ def test_sm90_in_every_class(sm90: Path, tmp_path: Path, case: Case) -> None:
         Case(84, 128, 400, blocks=3),  # the last quarter is first come, first served
         Case(138, 192, 5, packed=False, clip_ratios=(1.5,)),
         Case(132, 192, 4, BFLOAT16, blocks=1),
+        Case(208, 256, 7, blocks=1),  # by a cluster
+        Case(196, 256, 4, BFLOAT16, packed=False, gap=8),
+        Case(142, 256, 5, clip_ratios=(0.5,), blocks=1),
         # Ragged tokens.
         Case(48, 60, 20, blocks=1),
         Case(46, 60, 5, BFLOAT16, packed=False, gap=8),
@@ -491,6 +494,7 @@ def test_sm90(sm90: Path, tmp_path: Path, case: Case) -> None:
         Case(86, 128, 40, blocks=1),  # transposed products
         Case(70, 128, 30),
         Case(142, 192, 6),
+        Case(204, 256, 7),
         Case(60, 84, 40, blocks=1),  # ragged tokens
         Case(128, 140, 9),
         Case(200, 248, 7),  # clusters
@@ -591,6 +595,7 @@ def check_special(case: Case, outputs: list[Output], problem: Problem, special: 
         Case(78, 128, 30, BFLOAT16, blocks=1),
         Case(130, 192, 6, BFLOAT16, packed=False),
         Case(208, 232, 6),  # clusters
+        Case(198, 256, 6),
         Case(64, 76, 9, blocks=1),  # ragged tokens
         Case(112, 132, 6, BFLOAT16, packed=False),
     ],
@@ -938,6 +943,7 @@ KERNEL_CASES = [
     ("sm90", Case(86, 128, 5)),  # transposed products
     ("sm90", Case(138, 192, 3, BFLOAT16, packed=False)),
     ("sm90", Case(200, 248, 3)),  # clusters
+    ("sm90", Case(188, 256, 3, packed=False)),
     ("sm90", Case(48, 60, 5)),  # ragged tokens
     ("sm90", Case(48, 36, 3)),
     ("sm90", Case(60, 84, 5, BFLOAT16)),

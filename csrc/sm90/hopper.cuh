@@ -98,6 +98,11 @@ __device__ __forceinline__ void tma_load_3d(const CUtensorMap* map, Mbarrier* ba
       map, barrier, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), shared, x, y, z);
 }
 
+// The same box to the L2 cache only.
+__device__ __forceinline__ void tma_prefetch_3d(const CUtensorMap* map, int x, int y, int z) {
+  cute::SM90_TMA_LOAD_3D::PREFETCH::copy(map, x, y, z);
+}
+
 // Starts a copy of `bytes`, a multiple of 16, between addresses that are multiples of 16. Completes
 // on `barrier` with them.
 __device__ __forceinline__ void bulk_load(const void* global, Mbarrier* barrier, void* shared,

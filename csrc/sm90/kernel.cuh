@@ -17,8 +17,9 @@
 // What is said of rows is then true of columns. The codes go through shared memory, from where the
 // copy engine stores them; transposed.cuh has that and what else differs.
 // Where one block cannot hold a token's accumulators, the two of a cluster have half of its rows of
-// Y each. The token arrives in slices of a few rows, asked for by several threads, which the first
-// product takes one after the other; and the blocks exchange their extremes.
+// Y each, or of its columns where transposed. The token arrives in slices of a few rows or columns,
+// asked for by several threads, which the first product takes one after the other; as there is room
+// for few, all of it is brought to the L2 cache ahead. The blocks exchange their extremes.
 // float32: each matrix, times a power of two that brings it into float16's range, is the sum of two
 // float16 matrices (or rounded to one, see Config), and a product that of their products but for
 // the smallest. A token is split in place, by its group, once it has arrived. One whose Y lies so
@@ -76,6 +77,16 @@ struct SharedMemory {
 template <class Config>
 __device__ __forceinline__ int block_rank() {
   return Config::blocks == 1 ? 0 : blockIdx.x % Config::blocks;
+}
+
+// The first of its rows of Y, or of its columns where those are what the blocks share.
+template <class Config>
+__device__ __forceinline__ int block_row() {
+  return Config::is_transposed ? 0 : block_rank<Config>() * 64 * Config::row_tiles;
+}
+template <class Config>
+__device__ __forceinline__ int block_col() {
+  return Config::is_transposed ? block_rank<Config>() * 64 * Config::row_tiles : 0;
 }
 
 // From a group's token to its next one, before any are first come, first served.
@@ -147,11 +158,11 @@ __device__ void fill(const CUtensorMap& input_map, const Problem& problem,
     const auto* input = static_cast<const Element*>(problem.input);
     bulk_load(input + token * problem.input_stride, full, panels, bytes);
   } else {
-    const int row = slice * Config::slice_rows;
 #pragma unroll
     for (int i = 0; i < Config::boxes / Config::fillers; ++i) {
       const int col = (filler + i * Config::fillers) * Config::box_cols;
-      tma_load_3d(&input_map, full, panels + col * Config::slice_rows, col, row,
+      tma_load_3d(&input_map, full, panels + col * Config::slice_rows,
+                  Config::slice_col(slice) + col, Config::slice_row(slice),
                   static_cast<int>(token));
     }
   }
@@ -169,12 +180,35 @@ __device__ void fill_slice(const CUtensorMap& input_map, const Problem& problem,
   }
 }
 
-// The same for as many slices of a token as there are stages, from `stage` on.
+// The same for as many slices of a token as there are stages, from `stage` on, at once.
 template <class Config>
-__device__ void fill_slices(const CUtensorMap& input_map, const Problem& problem,
-                            const SharedMemory<Config>& shared, int stage, uint32_t token) {
-  for (int slice = 0; slice < Config::stages; ++slice) {
-    fill_slice(input_map, problem, shared, (stage + slice) % Config::stages, token, slice);
+__device__ void fill_first_slices(const CUtensorMap& input_map, const Problem& problem,
+                                  const SharedMemory<Config>& shared, int stage, uint32_t token) {
+  if (threadIdx.x % 32 != 0) return;
+#pragma unroll
+  for (int i = 0; i < Config::stages * Config::fillers; i += Config::threads / 32) {
+    const int box = i + threadIdx.x / 32, slice = box / Config::fillers;
+    if (slice < Config::stages) {
+      fill(input_map, problem, shared, (stage + slice) % Config::stages, token, slice,
+           box % Config::fillers);
+    }
+  }
+}
+
+// Brings a token's slices as far as the L2 cache, a share of them for each block of the cluster.
+template <class Config>
+__device__ void prefetch_slices(const CUtensorMap& input_map, const Problem& problem,
+                                uint32_t token) {
+  if (threadIdx.x % 32 != 0 || token >= problem.tokens) return;
+  constexpr int boxes = Config::slices * Config::boxes;
+#pragma unroll
+  for (int i = 0; i < boxes; i += Config::threads / 32 * Config::blocks) {
+    const int box = i + threadIdx.x / 32 * Config::blocks + block_rank<Config>();
+    const int slice = box / Config::boxes;
+    if (box < boxes) {
+      tma_prefetch_3d(&input_map, Config::slice_col(slice) + box % Config::boxes * Config::box_cols,
+                      Config::slice_row(slice), static_cast<int>(token));
+    }
   }
 }
 
@@ -194,9 +228,11 @@ __device__ __forceinline__ void for_each(Visit visit) {
 template <class Config>
 __device__ __forceinline__ int right_offset(int k, int col) {
   if constexpr (Config::is_transposed) {
-    return Panel::offset(64, Config::cols, k, TransposedOrder<Config::n>::position_of_column(col));
+    return Panel::offset(Config::right_width, Config::cols, k,
+                         TransposedOrder<Config::n>::position_of_column(col));
   } else {
-    return Panel::offset(Config::width, Config::cols, k, ColumnOrder<Config::cols>::position(col));
+    return Panel::offset(Config::right_width, Config::cols, k,
+                         ColumnOrder<Config::cols>::position(col));
   }
 }
 template <class Config>
@@ -224,10 +260,10 @@ __device__ __forceinline__ Element right_element(const Problem& problem, int k, 
   return static_cast<const Element*>(problem.right)[index];
 }
 
-// The right factor on its way to shared memory, padded with zeros: in registers, as pairs of its
-// columns part there and cp.async would bring but 4 bytes at a time. Asked for before all but the
-// first tokens are: behind those, which fill the queues of memory, it would wait. One that repeats
-// along the diagonal is small, and is read where it is stored.
+// This block's columns of the right factor on their way to shared memory, padded with zeros: in
+// registers, as pairs of columns part there and cp.async would bring but 4 bytes at a time. Asked
+// for before all but the first tokens are: behind those, which fill the queues of memory, it would
+// wait. One that repeats along the diagonal is small, and is read where it is stored.
 template <class Config>
 class RightFactor {
  public:
@@ -237,16 +273,17 @@ class RightFactor {
     const auto* right = static_cast<const Element*>(problem.right);
     if (!is_whole(problem)) return;
     constexpr int columns = Config::is_ragged ? 4 : 8;  // of a load, as rows are aligned
-    for_each_octet([&](int i, int row, int first_col) {
+    for_each_octet([&](int i, int row, int octet) {
 #pragma unroll
-      for (int col = 0; col < 8; col += columns) {
+      for (int next = 0; next < 8; next += columns) {
+        const int col = block_col<Config>() + octet + next;
         Elements<Element, columns> elements = {};
-        if (row < problem.cols && first_col + col < problem.cols) {
-          elements = flatquant::load<columns>(right + row * problem.cols + first_col + col);
+        if (row < problem.cols && col < problem.cols) {
+          elements = flatquant::load<columns>(right + row * problem.cols + col);
         }
 #pragma unroll
         for (int pair = 0; pair < columns / 2; ++pair) {
-          octets_[i][col / 2 + pair] = elements.words[pair];
+          octets_[i][next / 2 + pair] = elements.words[pair];
         }
       }
     });
@@ -256,8 +293,9 @@ class RightFactor {
     auto* const matrix = reinterpret_cast<Element*>(shared.right);
     if (problem.right == nullptr) return;  // W is Y
     if (!is_whole(problem)) {
-      for_each<Config, Config::cols, Config::cols>([&](int k, int col) {
-        matrix[right_offset<Config>(k, col)] = right_element<Element>(problem, k, col);
+      for_each<Config, Config::cols, Config::right_cols>([&](int k, int col) {
+        matrix[right_offset<Config>(k, col)] =
+            right_element<Element>(problem, k, block_col<Config>() + col);
       });
       return;
     }
@@ -265,7 +303,7 @@ class RightFactor {
     for_each_octet([&](int i, int row, int col) {
       const uint32_t (&pairs)[4] = octets_[i];
       // Rows a multiple of eight apart are swizzled alike.
-      const int further = i * row_step * Config::width;
+      const int further = i * row_step * Config::right_width;
       if constexpr (Config::is_transposed) {
         // The four even columns are neighbours there, and the four odd ones.
 #pragma unroll
@@ -286,7 +324,7 @@ class RightFactor {
   }
 
  private:
-  static constexpr int lanes = Config::cols / 8;  // of a row
+  static constexpr int lanes = Config::right_cols / 8;  // of a row
   static constexpr int row_step = Config::threads / lanes / 8 * 8;
   static constexpr int steps = (Config::cols + row_step - 1) / row_step;
   static_assert(row_step > 0);
@@ -309,12 +347,6 @@ class RightFactor {
 
   uint32_t octets_[steps][4];  // eight columns of a row
 };
-
-// The first of this block's rows of Y.
-template <class Config>
-__device__ __forceinline__ int block_row() {
-  return block_rank<Config>() * 64 * Config::row_tiles;
-}
 
 // Starts copying this block's columns of the left factor to shared memory, asynchronously, padded
 // with zeros.
@@ -631,19 +663,35 @@ __device__ __forceinline__ float scale_back(float (&y)[Config::n / 2], const Tok
 // Y of a thread: of each of its tiles, the rows of which follow those of the tile before.
 template <class Config>
 using Accumulators = float[Config::tiles][Config::n / 2];
-__device__ __forceinline__ ThreadRows tile_rows(ThreadRows first, int tile) {
-  return {first.first_row + 64 * tile, first.quad_lane};
+
+// Calls visit(tile, rows) for each of a thread's tiles.
+template <class Config, class Visit>
+__device__ __forceinline__ void for_each_tile(ThreadRows first, Visit visit) {
+#pragma unroll
+  for (int tile = 0; tile < Config::tiles; ++tile) {
+    visit(tile, ThreadRows{first.first_row + 64 * tile, first.quad_lane});
+  }
 }
 
-// The group's staged codes to memory, by one of its warps. Called behind a barrier of the group
-// that all have met past their fence_proxy_async().
+// Whether staged codes go to memory behind the next token's barrier.
+template <class Config, Outputs outputs>
+constexpr bool stores_late = Config::is_transposed && outputs == Outputs::simple;
+
+// That: by the copy engine if it can (then all have met the barrier past their
+// fence_proxy_async()), else by all of the group.
 template <class Config>
 __device__ __forceinline__ void store_staged(const Problem& problem,
                                              const SharedMemory<Config>& shared, void* codes,
                                              uint32_t token, int group) {
-  if (threadIdx.x % Config::group_threads / 32 != 1) return;
   with_storage(problem, [&](auto storage) {
-    StagedCodes<Config, storage()>(shared.codes, group).start_storing(problem, codes, token);
+    const StagedCodes<Config, storage()> staged(shared.codes, group);
+    if constexpr (Config::bulk_stores) {
+      if (threadIdx.x % Config::group_threads / 32 == 1) {
+        staged.start_storing(problem, codes, token);
+      }
+    } else {
+      staged.store(problem, codes, token, block_col<Config>());
+    }
   });
 }
 
@@ -658,20 +706,20 @@ __device__ __forceinline__ void with_store(const Accumulators<Config>& y, const 
     use([&, token = opaque(token)](void* codes, const TokenScale& scale, auto clamp) {
       const uint32_t place = Config::overlaps ? opaque(token) : token;
       if constexpr (Config::is_transposed) {
-        StagedCodes<Config, storage()>(shared.codes, group)
-            .template stage<clamp()>(y, scale, thread);
-        fence_proxy_async();
-        // With `simple` they are stored behind the next token's barrier.
-        if constexpr (outputs != Outputs::simple) {
+        const StagedCodes<Config, storage()> staged(shared.codes, group);
+        for_each_tile<Config>(thread, [&](int tile, ThreadRows columns) {
+          columns.first_row -= block_col<Config>();
+          staged.template stage<clamp()>(y[tile], scale, columns);
+        });
+        if constexpr (!stores_late<Config, outputs>) {
           named_barrier_sync(group, Config::group_threads);
-          store_staged(problem, shared, codes, place, group);
-          bulk_store_wait();
+          staged.store(problem, codes, place, block_col<Config>());
           named_barrier_sync(group, Config::group_threads);
+        } else if constexpr (Config::bulk_stores) {
+          fence_proxy_async();
         }
       } else {
-#pragma unroll
-        for (int tile = 0; tile < Config::tiles; ++tile) {
-          const ThreadRows rows = tile_rows(thread, tile);
+        for_each_tile<Config>(thread, [&](int tile, ThreadRows rows) {
           if constexpr (Config::is_ragged) {
             store_codes_by_fours<Config::cols, outputs, storage(), clamp()>(y[tile], scale, problem,
                                                                             codes, place, rows);
@@ -679,7 +727,7 @@ __device__ __forceinline__ void with_store(const Accumulators<Config>& y, const 
             store_codes<Config::cols, outputs, storage(), clamp()>(y[tile], scale, problem, codes,
                                                                    place, rows);
           }
-        }
+        });
       }
     });
   });
@@ -698,6 +746,8 @@ __device__ void epilogue(Accumulators<Config>& y, const Problem& problem,
     for (int tile = 1; tile < Config::tiles; ++tile) {
       own.include(reduce<Reduced<outputs>>(values[tile]));
     }
+    // So that past the group's barrier all slices have been read but the last one.
+    if constexpr (Config::slices_ahead > 1) wgmma_wait_previous();
     if constexpr (outputs == Outputs::simple) {
       return reduce_group<Config>(own, storage.magnitudes[used][group], group);
     } else {
@@ -711,15 +761,13 @@ __device__ void epilogue(Accumulators<Config>& y, const Problem& problem,
           with_store<Config, outputs>(values, problem, shared, token, thread, group, use);
         },
         [&] {
-#pragma unroll
-          for (int tile = 0; tile < Config::tiles; ++tile) {
-            const ThreadRows rows = tile_rows(thread, tile);
+          for_each_tile<Config>(thread, [&](int tile, ThreadRows rows) {
             if constexpr (Config::is_transposed) {
               store_transformed_transposed(values[tile], problem, token, rows);
             } else {
               store_transformed<Config::cols, outputs>(values[tile], problem, token, rows);
             }
-          }
+          });
         });
   };
   const Reduced<outputs> reduced = reduce_token(y, set);
@@ -728,15 +776,13 @@ __device__ void epilogue(Accumulators<Config>& y, const Problem& problem,
   if (!(magnitude < INFINITY) || (Config::is_float32 && magnitude < least)) {
     using Element = typename Config::Element;
     Accumulators<Config> exact;
-#pragma unroll
-    for (int tile = 0; tile < Config::tiles; ++tile) {
-      const ThreadRows rows = tile_rows(thread, tile);
+    for_each_tile<Config>(thread, [&](int tile, ThreadRows rows) {
       if constexpr (Config::is_transposed) {
         exact_transform_transposed<Element>(exact[tile], problem, token, rows);
       } else {
         exact_transform<Element, outputs>(exact[tile], problem, token, rows);
       }
-    }
+    });
     const Reduced<outputs> reduced_exact = reduce_token(exact, set ^ 1);
     token_sync<Config>(group);  // all have read this set
     store(exact, reduced_exact);
@@ -752,7 +798,7 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
   const int warpgroup = warp_uniform(threadIdx.x / 128);
   const int group = warpgroup / Config::group_warpgroups;
   const int row_tile = warpgroup % Config::group_warpgroups;
-  const ThreadRows thread{block_row<Config>() + 64 * row_tile +
+  const ThreadRows thread{block_row<Config>() + block_col<Config>() + 64 * row_tile +
                               static_cast<int>(threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4),
                           static_cast<int>(threadIdx.x % 4)};
   constexpr auto swizzle = static_cast<Swizzle>(Config::width * 2);
@@ -769,7 +815,8 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
   constexpr bool is_y = outputs == Outputs::left_only;  // W
   constexpr bool overlaps = Config::overlaps && !is_y;  // as that takes both accumulators
   constexpr bool cuts_early = overlaps && Config::is_ragged;
-  constexpr bool stores_late = Config::is_transposed && outputs == Outputs::simple;
+  constexpr bool stores_late = sm90::stores_late<Config, outputs>;
+  constexpr int slices_ahead = is_y ? 1 : Config::slices_ahead;
   const Ratios ratios(lane_output(problem));
   int stage = group;
   uint32_t parity = 0;  // of the stage's use
@@ -807,28 +854,52 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
       parity ^= 1;
     }
   };
-  const auto multiply = [&](uint32_t token) {
+  const auto multiply_slice = [&](int slice) {
+    next_stage();
+    mbarrier_wait(&shared.storage->full[stage], parity);
+    wgmma_begin();
+    start_first_product<Config>(w, advance(a, slice * Config::slice_k * 64 * 2),
+                                advance(ring, stage * Config::stage_bytes), true);
+  };
+  // Starts the first product, of the first slices.
+  const auto multiply = [&] {
     wgmma_begin(w);
     start_first_product<Config>(w, a, advance(ring, stage * Config::stage_bytes));
+#pragma unroll
+    for (int slice = 1; slice < slices_ahead; ++slice) multiply_slice(slice);
+  };
+  // Of the others. The next token's wait until this one's are read.
+  const auto multiply_others = [&](uint32_t token) {
 #pragma unroll 1
-    for (int slice = 1; slice < Config::slices; ++slice) {
+    for (int slice = slices_ahead; slice < Config::slices; ++slice) {
       const int used = stage;
-      next_stage();
-      mbarrier_wait(&shared.storage->full[stage], parity);
-      wgmma_begin();
-      start_first_product<Config>(w, advance(a, slice * Config::slice_rows * 64 * 2),
-                                  advance(ring, stage * Config::stage_bytes), true);
-      // The next token's slices wait until this one's are read.
+      multiply_slice(slice);
       const int next_slice = slice - 1 + Config::stages;
       if (next_slice < Config::slices) {
         wgmma_wait_previous();
         named_barrier_sync(group, Config::group_threads);
         fill_slice(input_map, problem, shared, used, token, next_slice);
+        if (slice == slices_ahead) store_late();
       }
     }
   };
+  // Behind a barrier past which the first ones have been read, but for the last: the next ones in
+  // their stages.
+  const auto refill_ahead = [&](uint32_t token) {
+#pragma unroll
+    for (int slice = 0; slice < slices_ahead - 1; ++slice) {
+      fill_slice(input_map, problem, shared, (stage + 1 + slice) % Config::stages, token,
+                 Config::stages + slice);
+    }
+  };
   uint32_t token = arrive(shared.storage->tokens[stage]);
-  multiply(token);
+  multiply();
+  if constexpr (slices_ahead > 1) {
+    wgmma_wait_previous();
+    named_barrier_sync(group, Config::group_threads);
+    refill_ahead(token);
+  }
+  multiply_others(token);
   int set = 0;
   while (true) {
     wgmma_wait(w);
@@ -836,7 +907,7 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
     const int used = stage;
     const auto refill = [&] {
       if constexpr (Config::slices > 1) {
-        fill_slices(input_map, problem, shared, used + 1, token + token_step<Config>());
+        fill_first_slices(input_map, problem, shared, used + 1, token + token_step<Config>());
       } else if (threadIdx.x % Config::group_threads == 0) {
         fill(input_map, problem, shared, used, source.take());
       }
@@ -845,8 +916,8 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
     const auto refill_early = [&] {
       if constexpr (Config::refills_early) {
         named_barrier_sync(group, Config::group_threads);
-        if constexpr (Config::slices == 1 || is_y) refill();
-        store_late();
+        refill();
+        if constexpr (Config::slices == 1) store_late();
       }
     };
     if constexpr (Config::tiles == 1) refill_early();
@@ -871,7 +942,9 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
     if constexpr (!is_y) {
       second_product<Config>(y[Config::tiles - 1], w, b, [&] {
         if constexpr (cuts_early) next = arrive();
-        if constexpr (Config::slices > 1) refill();
+        if constexpr (Config::slices > 1) {
+          prefetch_slices<Config>(input_map, problem, token + 2 * token_step<Config>());
+        }
       });
     }
     float least = 0.0f;
@@ -880,18 +953,19 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
     }
     if constexpr (overlaps) {
       if constexpr (!cuts_early) next = arrive();
-      multiply(next);
+      multiply();
     }
     uint32_t number;  // of the next token
     // So that the staged codes have been read past the epilogue's barrier.
-    if constexpr (stores_late) bulk_store_wait();
+    if constexpr (stores_late && Config::bulk_stores) bulk_store_wait();
     epilogue<Config, outputs>(y, problem, shared, token, thread, group, set, ratios, least, [&] {
       number = shared.storage->tokens[stage];
       if constexpr (!Config::refills_early) refill();
+      refill_ahead(next);
     });
     set ^= 1;
-    if constexpr (stores_late) {
-      staged_token = token;
+    staged_token = token;
+    if constexpr (stores_late && Config::bulk_stores) {
       if (number >= problem.tokens) {  // no token will bring a barrier
         named_barrier_sync(group, Config::group_threads);
         store_late();
@@ -900,8 +974,9 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
     }
     if constexpr (!overlaps) {
       next = arrive(number);
-      multiply(next);
+      multiply();
     }
+    multiply_others(next);
     token = next;
   }
 }
@@ -930,7 +1005,9 @@ __global__ void __launch_bounds__(Config::threads, 1)
   }
   if constexpr (Config::slices > 1) {
     __syncthreads();
-    fill_slices(input_map, problem, shared, 0, first);
+    fill_first_slices(input_map, problem, shared, 0, first);
+    prefetch_slices<Config>(input_map, problem, first);
+    prefetch_slices<Config>(input_map, problem, first + step);
   }
   int factor_exponents = 0;
   RightFactor<Config> right;

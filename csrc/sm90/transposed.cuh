@@ -42,34 +42,46 @@ class StagedCodes {
   __device__ __forceinline__ StagedCodes(unsigned char* codes, int group)
       : codes_(codes + group * Config::codes_bytes) {}
 
-  // This thread's codes; thread.first_row is that of its first tile.
+  // This thread's codes of a tile; thread.first_row counts from the first of this block's columns.
   template <Clamp clamp>
-  __device__ __forceinline__ void stage(const float (&y)[Config::tiles][Config::n / 2],
-                                        const TokenScale& scale, ThreadRows thread) const {
+  __device__ __forceinline__ void stage(const float (&y)[Config::n / 2], const TokenScale& scale,
+                                        ThreadRows thread) const {
+    unsigned char* const first = codes_ + thread.quad_lane * quarter_bytes +
+                                 code_bytes<storage>(Order::column(0, thread.first_row));
 #pragma unroll
-    for (int tile = 0; tile < Config::tiles; ++tile) {
-      unsigned char* const first =
-          codes_ + thread.quad_lane * quarter_bytes +
-          code_bytes<storage>(Order::column(0, thread.first_row) + 64 * tile);
+    for (int i = 0; i < Config::n / 2; i += 4) {
+      uint32_t rows[2];
+      pack<clamp>(rows, {y[i], y[i + 1]}, {y[i + 2], y[i + 3]}, scale);
 #pragma unroll
-      for (int i = 0; i < Config::n / 2; i += 4) {
-        uint32_t rows[2];
-        pack<clamp>(rows, {y[tile][i], y[tile][i + 1]}, {y[tile][i + 2], y[tile][i + 3]}, scale);
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          unsigned char* const place = first + Order::row(i + e, 0) * row_bytes;
-          if constexpr (storage == Storage::int32) {
-            *place = static_cast<unsigned char>(rows[e]);
-          } else {
-            *reinterpret_cast<uint16_t*>(place) = static_cast<uint16_t>(rows[e]);
-          }
+      for (int e = 0; e < 2; ++e) {
+        unsigned char* const place = first + Order::row(i + e, 0) * row_bytes;
+        if constexpr (storage == Storage::int32) {
+          *place = static_cast<unsigned char>(rows[e]);
+        } else {
+          *reinterpret_cast<uint16_t*>(place) = static_cast<uint16_t>(rows[e]);
         }
       }
     }
   }
 
-  // Starts the stores, called by a warp: each of four lanes a quarter. Rows are contiguous and a
-  // multiple of 16 bytes.
+  // Stores the block's columns, `first_col` on, called by all of the group.
+  __device__ __forceinline__ void store(const Problem& problem, void* codes, uint32_t token,
+                                        int first_col) const {
+    constexpr int units = row_bytes / 16;  // of a row
+    const uint64_t features = static_cast<uint64_t>(token) * problem.rows * problem.cols;
+    unsigned char* const target =
+        static_cast<unsigned char*>(codes) + (features + first_col >> (storage == Storage::int32));
+    for (int i = threadIdx.x % Config::group_threads; i < problem.rows * units;
+         i += Config::group_threads) {
+      const int row = i / units, unit = i % units * 16;
+      *reinterpret_cast<uint4*>(target + row * code_bytes<storage>(problem.cols) + unit) =
+          *reinterpret_cast<const uint4*>(codes_ + row / Order::quarter * quarter_bytes +
+                                          row % Order::quarter * row_bytes + unit);
+    }
+  }
+
+  // Starts the stores where the block has all columns, so that rows follow each other; called by a
+  // warp: each of four lanes a quarter.
   __device__ __forceinline__ void start_storing(const Problem& problem, void* codes,
                                                 uint32_t token) const {
     const int lane = threadIdx.x % 32, first_row = lane * Order::quarter;
@@ -83,7 +95,7 @@ class StagedCodes {
 
  private:
   using Order = TransposedOrder<Config::n>;
-  static constexpr int row_bytes = code_bytes<storage>(Config::cols);
+  static constexpr int row_bytes = code_bytes<storage>(Config::right_cols);
   static constexpr int quarter_bytes = Order::quarter * row_bytes + 32;
   static_assert(row_bytes % 16 == 0 && quarter_bytes % 128 == 32);
   static_assert(4 * quarter_bytes <= Config::codes_bytes);

@@ -56,7 +56,7 @@ SHAPES = [
 # works on, or such in whose place W comes; rows that two warps store together.
 SHAPES_OF_ONE = {
     (48, 60, 1700): "sm90",
-    (128, 144, 300): "sm90",
+    (128, 144, 600): "sm90",
     (142, 192, 300): "sm90",
     (208, 256, 150): "sm90",
     (128, 148, 300): "sm80",

@@ -55,6 +55,9 @@ inline void tma_load_3d(const CUtensorMap* map, Mbarrier* barrier, void* shared,
                         int z) {
   emulator::tma_load(map, barrier, shared, x, y, z);
 }
+inline void tma_prefetch_3d(const CUtensorMap* map, int x, int, int) {
+  emulator::tma_prefetch(map, x);
+}
 
 inline void bulk_load(const void* global, Mbarrier* barrier, void* shared, int bytes) {
   emulator::bulk_load(global, barrier, shared, bytes);
