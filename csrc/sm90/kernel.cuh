@@ -98,9 +98,10 @@ __device__ __forceinline__ uint32_t token_step() {
 // Hands out the tokens that a group's stages are filled with again, in the thread that does so:
 // first those of a fixed share, dealt out in turn; then, as some SMs get less of the memory's
 // bandwidth than others, what is first come, first served. The counter for that is scratch of any
-// content, which block 0 sets to zero long before it is needed. Were another block to draw before
-// that, it would work on a token twice, to the same bits, or leave early; block 0 itself, which
-// draws only after it has met a block barrier, does not rest until the last token is handed out.
+// content, which block 0 sets to the first of these long before it is needed. Were another block to
+// draw before that, it would work on a token twice, to the same bits, or leave early; block 0
+// itself, which draws only after it has met a block barrier, does not rest until the last token is
+// handed out.
 template <class Config>
 class TokenSource {
  public:
@@ -111,7 +112,7 @@ class TokenSource {
     const bool shares = Config::blocks == 1 && counter_ != nullptr &&
                         tokens_ >= 2 * (Config::stages + Config::groups) * gridDim.x;
     fixed_ = shares ? tokens_ - tokens_ / 4 : tokens_;
-    if (shares && blockIdx.x == 0 && threadIdx.x == 0) atomicExch(counter_, 0u);
+    if (shares && blockIdx.x == 0 && threadIdx.x == 0) atomicExch(counter_, fixed_);
     next_ = draw();
   }
 
@@ -125,7 +126,7 @@ class TokenSource {
 
  private:
   __device__ uint32_t draw() {
-    if (position_ >= fixed_) return fixed_ < tokens_ ? fixed_ + atomicAdd(counter_, 1u) : tokens_;
+    if (position_ >= fixed_) return fixed_ < tokens_ ? atomicAdd(counter_, 1u) : tokens_;
     const uint32_t token = position_;
     position_ += token_step<Config>();
     return token;
@@ -592,17 +593,17 @@ __device__ __forceinline__ void for_each_product(Multiply multiply) {
   }
 }
 
-// Starts W = left^T @ X for 64 rows, or adds what a slice of X gives; or V^T = right^T @ X^T for 64
-// columns. Accumulator 4 * block + 2 * half + e of a lane is row lane / 4 + 8 * half of its warp's
-// 16, column 8 * block + 2 * (lane % 4) + e.
-template <class Config>
+// Starts W = left^T @ X for 64 rows, or adds what a slice of X or a part of its k gives; or V^T =
+// right^T @ X^T for 64 columns. Accumulator 4 * block + 2 * half + e of a lane is row lane / 4 + 8
+// * half of its warp's 16, column 8 * block + 2 * (lane % 4) + e.
+template <class Config, int first_k = 0, int last_k = Config::slice_k>
 __device__ void start_first_product(float (&w)[Config::n / 2], uint64_t factor, uint64_t slice,
                                     bool accumulate = false) {
   using Operand = typename Config::Operand;
   constexpr Major major = Config::is_transposed ? Major::k : Major::n;
   for_each_product<Config>([&](int a, int b) {
 #pragma unroll
-    for (int k = 0; k < Config::slice_k; k += 16) {
+    for (int k = first_k; k < last_k; k += 16) {
       wgmma<Operand, Config::n, major>(w, advance(factor, a * Config::a_bytes + k * 64 * 2),
                                        advance(slice, b * Config::part_bytes + Config::k_bytes(k)),
                                        accumulate);
@@ -861,14 +862,23 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
     start_first_product<Config>(w, advance(a, slice * Config::slice_k * 64 * 2),
                                 advance(ring, stage * Config::stage_bytes), true);
   };
-  // Starts the first product, of the first slices.
+  // Starts the first product, of the first slices. Of what runs under an epilogue a half, as a warp
+  // that starts more than a few instructions has to wait; the other past the epilogue's barrier.
+  constexpr int early_k =
+      overlaps && Config::slices == 1 ? Config::slice_k / 32 * 16 : Config::slice_k;
   const auto multiply = [&] {
     wgmma_begin(w);
-    start_first_product<Config>(w, a, advance(ring, stage * Config::stage_bytes));
+    start_first_product<Config, 0, early_k>(w, a, advance(ring, stage * Config::stage_bytes));
 #pragma unroll
     for (int slice = 1; slice < slices_ahead; ++slice) multiply_slice(slice);
   };
-  // Of the others. The next token's wait until this one's are read.
+  const auto multiply_late = [&] {
+    if constexpr (early_k < Config::slice_k) {
+      wgmma_begin();
+      start_first_product<Config, early_k>(w, a, advance(ring, stage * Config::stage_bytes), true);
+    }
+  };
+  // Of the other slices. The next token's wait until this one's are read.
   const auto multiply_others = [&](uint32_t token) {
 #pragma unroll 1
     for (int slice = slices_ahead; slice < Config::slices; ++slice) {
@@ -899,7 +909,19 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
     named_barrier_sync(group, Config::group_threads);
     refill_ahead(token);
   }
+  multiply_late();
   multiply_others(token);
+  // Which token the next stage is filled with: known to the filling thread's warp, and found out
+  // beside the second product where registers are left to keep it, as that takes some time.
+  constexpr bool takes_ahead = Config::slices == 1 && !Config::overlaps && !Config::is_transposed;
+  uint32_t refill_token = 0;
+  const auto take = [&] {
+    if constexpr (takes_ahead) {
+      if (threadIdx.x % Config::group_threads == 0) refill_token = source.take();
+      refill_token = warp_uniform(refill_token);
+    }
+  };
+  if constexpr (Config::refills_early || is_y) take();
   int set = 0;
   while (true) {
     wgmma_wait(w);
@@ -909,7 +931,7 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
       if constexpr (Config::slices > 1) {
         fill_first_slices(input_map, problem, shared, used + 1, token + token_step<Config>());
       } else if (threadIdx.x % Config::group_threads == 0) {
-        fill(input_map, problem, shared, used, source.take());
+        fill(input_map, problem, shared, used, takes_ahead ? refill_token : source.take());
       }
     };
     // Once the first product has read the stage.
@@ -942,6 +964,7 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
     if constexpr (!is_y) {
       second_product<Config>(y[Config::tiles - 1], w, b, [&] {
         if constexpr (cuts_early) next = arrive();
+        take();
         if constexpr (Config::slices > 1) {
           prefetch_slices<Config>(input_map, problem, token + 2 * token_step<Config>());
         }
@@ -961,6 +984,7 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
     epilogue<Config, outputs>(y, problem, shared, token, thread, group, set, ratios, least, [&] {
       number = shared.storage->tokens[stage];
       if constexpr (!Config::refills_early) refill();
+      multiply_late();
       refill_ahead(next);
     });
     set ^= 1;
@@ -977,6 +1001,7 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
       multiply();
     }
     multiply_others(next);
+    if constexpr (is_y) take();
     token = next;
   }
 }
