@@ -54,7 +54,7 @@ constexpr bool has_ragged(ShapeClass shape) {
 
 // Those whose products are transposed, Y^T = (right^T @ X^T) @ left, for tokens with both factors
 // and all columns: wgmma's M is then the columns, of which none are padded, and rows are padded to
-// 16 only. That is less work by a fifth or more.
+// 16 only. That is less work by nearly a fifth or more.
 constexpr bool is_transposed(ShapeClass shape) {
   constexpr ShapeClass classes[] = {{80, 128}, {96, 128}, {144, 192}, {208, 256}};
   return is_among(classes, shape);
@@ -221,6 +221,7 @@ struct Config {
   // split in place. The factors are A of the first product and B of the second.
   static constexpr int width = Panel::width(slice_cols);  // of a token
   static constexpr int a_bytes = k * 64 * row_tiles * 2;
+  // Of 208 columns narrow panels pad less, which makes room for a stage.
   static constexpr int b_width = slices > 1 && is_transposed ? 32 : Panel::width(n);
   static constexpr int b_cols = round_up(n, b_width);  // in whole panels
   static constexpr int b_bytes = round_up(n * b_cols * 2, 1024);
@@ -248,7 +249,7 @@ struct Config {
   static constexpr int ring_offset = left_offset + parts * left_bytes;
   static constexpr int stage_bytes = round_up(slice_bytes, 1024);
   // Of a group: a token's codes, of int8 at most, in quarters that lie in banks of their own. The
-  // copy engine stores them where their rows follow each other in memory.
+  // copy engine can store them where the block has whole rows.
   static constexpr int codes_bytes = is_transposed ? depth * right_cols + 4 * 32 : 0;
   static constexpr bool bulk_stores = blocks == 1;
   static constexpr int stages_that_fit =
@@ -261,11 +262,11 @@ struct Config {
   // A multiple of groups: every stage belongs to one group, which fills it again when it is done.
   static constexpr int stages = stages_wanted / groups * groups;
   // Where tokens in flight are few, a stage is filled again as soon as the first product has read
-  // it; elsewhere that waits for a barrier that the group needs anyway. Transposed codes, too, are
-  // stored behind the barrier that this takes.
+  // it; elsewhere that waits for a barrier that the group needs anyway. Transposed codes of
+  // whole tokens, too, are stored behind the barrier that this takes.
   static constexpr bool refills_early = stages == groups || overlaps || slices > 1 || is_transposed;
-  // Of a sliced token, what is multiplied under the epilogue of the one before: what there is room
-  // for.
+  // Of a sliced token, what is multiplied under the epilogue of the one before, which is what there
+  // is room for; or just the first.
   static constexpr int slices_ahead = overlaps && slices > 1 ? stages : 1;
   static constexpr int codes_offset = ring_offset + stages * stage_bytes;
   static constexpr int shared_bytes = codes_offset + groups * codes_bytes;
@@ -274,10 +275,12 @@ struct Config {
   static_assert(tiles == 1 || slices == 1);
   // Whole panels and tiles of columns.
   static_assert(!is_transposed || (cols % (64 * blocks) == 0 && !is_float32 && !is_ragged));
-  // Codes that the copy engine stores late take the order without overlapping for granted.
-  static_assert(!is_transposed || !overlaps || !bulk_stores);
+  // Late stores by the copy engine take the order without overlapping for granted, those by threads
+  // that with it.
+  static_assert(!is_transposed || overlaps != bulk_stores);
+  static_assert(!overlaps || !is_ragged);
   // What the kernel takes for granted of clusters.
-  static_assert(blocks == 1 || (groups == 1 && stages > 1 && stages + slices_ahead - 1 <= slices &&
+  static_assert(blocks == 1 || (groups == 1 && stages > 1 && stages + slices_ahead - 1 < slices &&
                                 !is_float32 && !is_ragged));
   static_assert(boxes % fillers == 0 && fillers * 32 <= threads);
 };

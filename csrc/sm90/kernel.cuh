@@ -15,11 +15,12 @@
 //   V^T = right^T @ X^T    A = right^T, B = X as it lies, V rounded to the input's dtype
 //   Y^T = V^T @ left       A = V^T, B = left
 // What is said of rows is then true of columns. The codes go through shared memory, from where the
-// copy engine stores them; transposed.cuh has that and what else differs.
+// copy engine or all threads store them; transposed.cuh has that and what else differs.
 // Where one block cannot hold a token's accumulators, the two of a cluster have half of its rows of
 // Y each, or of its columns where transposed. The token arrives in slices of a few rows or columns,
-// asked for by several threads, which the first product takes one after the other; as there is room
-// for few, all of it is brought to the L2 cache ahead. The blocks exchange their extremes.
+// which the first product takes one after the other. A slice of several boxes is asked for by as
+// many threads; as there is room for few slices, all are brought to the L2 cache ahead. The blocks
+// exchange their extremes.
 // float32: each matrix, times a power of two that brings it into float16's range, is the sum of two
 // float16 matrices (or rounded to one, see Config), and a product that of their products but for
 // the smallest. A token is split in place, by its group, once it has arrived. One whose Y lies so
@@ -815,9 +816,8 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
 
   constexpr bool is_y = outputs == Outputs::left_only;  // W
   constexpr bool overlaps = Config::overlaps && !is_y;  // as that takes both accumulators
-  constexpr bool cuts_early = overlaps && Config::is_ragged;
   constexpr bool stores_late = sm90::stores_late<Config, outputs>;
-  constexpr int slices_ahead = is_y ? 1 : Config::slices_ahead;
+  constexpr int slices_ahead = Config::slices_ahead;
   const Ratios ratios(lane_output(problem));
   int stage = group;
   uint32_t parity = 0;  // of the stage's use
@@ -963,7 +963,6 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
     uint32_t next;
     if constexpr (!is_y) {
       second_product<Config>(y[Config::tiles - 1], w, b, [&] {
-        if constexpr (cuts_early) next = arrive();
         take();
         if constexpr (Config::slices > 1) {
           prefetch_slices<Config>(input_map, problem, token + 2 * token_step<Config>());
@@ -975,7 +974,7 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
       least = scale_back<Config>(y[0], token_split, factor_exponents, problem);
     }
     if constexpr (overlaps) {
-      if constexpr (!cuts_early) next = arrive();
+      next = arrive();
       multiply();
     }
     uint32_t number;  // of the next token

@@ -33,8 +33,8 @@ struct TransposedOrder {
   }
 };
 
-// A group's codes of a token in shared memory, from where whole rows are stored. The lanes of a
-// quad write to different quarters, 32 bytes more than a multiple of 128 apart, so that a warp's
+// A group's codes of a token in shared memory, from where the block's rows are stored. The lanes of
+// a quad write to different quarters, 32 bytes more than a multiple of 128 apart, so that a warp's
 // stores fall into different banks.
 template <class Config, Storage storage>
 class StagedCodes {

@@ -86,27 +86,30 @@ void check_matrix() {
   });
 }
 
-// A transposed class's token, B of `rows` by k in panels of 64 of `cols` k.
+// A transposed class's token or slice, B of `rows` by k in panels of `width` of `cols` k.
 template <class Token>
 void check_token_along_k() {
-  constexpr int rows = Token::depth, cols = Token::cols;
+  constexpr int rows = Token::slice_rows, cols = Token::slice_cols, width = Token::width;
+  using KAtom = std::conditional_t<width == 64, gmma::Layout_K_SW128_Atom<half_t>,
+                                   gmma::Layout_K_SW64_Atom<half_t>>;
+  static_assert(width == 64 || width == 32);
   emulator::SharedMemory& memory = emulator::machine().shared();
   memory.reset(rows * cols * 2);
   auto* base = reinterpret_cast<half_t*>(memory.dynamic());
-  const auto layout = tile_to_shape(gmma::Layout_K_SW128_Atom<half_t>(),
-                                    Shape<Int<rows>, Int<cols>>(), Step<_1, _2>());
+  const auto layout = tile_to_shape(KAtom(), Shape<Int<rows>, Int<cols>>(), Step<_1, _2>());
   const auto matrix = make_tensor(make_smem_ptr(base), layout);
   for (int row = 0; row < rows; ++row) {
     for (int k = 0; k < cols; ++k) {
-      expect_equal(Panel::offset(64, rows, row, k), &matrix(row, k) - base, "Panel::offset", cols,
-                   rows, row * cols + k);
+      expect_equal(Panel::offset(width, rows, row, k), &matrix(row, k) - base, "Panel::offset",
+                   cols, rows, row * cols + k);
     }
   }
   // Swizzled, it has no leading dimension: CuTe leaves the field 0.
   constexpr uint64_t fields = ~uint64_t(0x3fff0000);
   const auto descriptors =
       make_tensor<gmma::smem_desc<gmma::Major::K>>(tiled_divide(matrix, Shape<Int<rows>, _16>()));
-  const uint64_t first = wgmma_descriptor(base, flatquant::sm90::Swizzle::bytes128, rows * 64 * 2);
+  const auto swizzle = static_cast<flatquant::sm90::Swizzle>(width * 2);
+  const uint64_t first = wgmma_descriptor(base, swizzle, rows * width * 2);
   for (int k = 0; k < cols; k += 16) {
     const uint64_t cute_descriptor = descriptors(0, 0, k / 16);
     const uint64_t descriptor = advance(first, Token::k_bytes(k));
@@ -145,8 +148,8 @@ void check_classes(std::integer_sequence<int, indices...>) {
     if constexpr (is_transposed(shape)) {
       using Transposed = Config<__half, __half, shape.depth, shape.cols, 1, false, true>;
       constexpr int b_width = Transposed::b_width, b_cols = Transposed::b_cols;
-      check_matrix<64, shape.cols, 64, shape.cols>();        // right
-      check_matrix<b_width, b_cols, b_cols, shape.depth>();  // left
+      check_matrix<64, Transposed::right_cols, 64, shape.cols>();  // right
+      check_matrix<b_width, b_cols, b_cols, shape.depth>();        // left
       check_token_along_k<Transposed>();
       check_transposed_order<shape.depth, shape.cols>();
     }
