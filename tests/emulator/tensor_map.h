@@ -60,8 +60,8 @@ inline uint32_t swizzle(uint32_t address, uint32_t span) {
   return address ^ ((address >> 7 & (span / 16 - 1)) << 4);
 }
 
-// The map of a box that begins at x, which hardware takes in units of 16 bytes only: it stops with an
-// illegal instruction.
+// The map of a box that begins at x, which hardware takes in units of 16 bytes only: it stops with
+// an illegal instruction.
 inline TensorMap map_of_box(const CUtensorMap* encoded, int x) {
   const TensorMap map = TensorMap::decode(encoded);
   if (int64_t{x} * map.element_bytes % 16 != 0) fail("tensor map: box begins at %d", x);
