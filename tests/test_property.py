@@ -118,12 +118,7 @@ def fits(problem: Problem, kernel: str) -> bool:
     return x.data_ptr() % alignment == 0 and step * x.element_size() % alignment == 0
 
 
-def run(
-    case: Case,
-    mismatches: Counter[str],
-    allowed: Counter[str],
-    heaviest: dict[str, list[tuple[int, Case]]],
-) -> None:
+def run(case: Case, mismatches: Counter[str], allowed: Counter[str]) -> None:
     problem = case.problem()
     exact = float64(problem)
     first = True  # of the kernels that fit, which is the one that "auto" takes
@@ -145,12 +140,11 @@ def run(
         first = False
         name = f"{kernel}, {dtype_name(case.dtype)}"
         mismatches[name] += result.mismatches
-        by_weight = sorted(
-            [*heaviest.get(name, []), (result.mismatches, case)], key=lambda pair: -pair[0]
-        )
-        heaviest[name] = by_weight[:5]
         # A finer step has as many more boundaries to err at.
         allowed[name] += result.tolerance.mismatch * exact.numel() / min(1.0, case.clip_ratio)
+        # The largest |Y| lies at 7 / clip_ratio steps: at 2 on a boundary, where each may err.
+        if 7 / case.clip_ratio % 1 == 0.5:
+            allowed[name] += case.tokens
         COUNTS[f"property cases of {name}"] += 1
         COUNTS["codes compared with float64"] += exact.numel()
     assert not first, "no kernel served the case"
@@ -159,14 +153,13 @@ def run(
 def test_random_problems_agree_with_float64() -> None:
     mismatches: Counter[str] = Counter()
     allowed: Counter[str] = Counter()
-    heaviest: dict[str, list[tuple[int, Case]]] = {}
     number = 0
 
     @given(cases())
     def check(case: Case) -> None:
         nonlocal number
         number += 1
-        run(case, mismatches, allowed, heaviest)
+        run(case, mismatches, allowed)
 
     check()
     assert number >= settings().max_examples
@@ -175,6 +168,4 @@ def test_random_problems_agree_with_float64() -> None:
     # repeats in all tokens that overlap.
     spread = 1 if number >= 10_000 else 4
     for name, count in mismatches.items():
-        assert count <= spread * allowed[name] + MAX_TOKENS, (
-            f"{name}: {count} codes differ, most of them in {heaviest[name]}"
-        )
+        assert count <= spread * allowed[name] + MAX_TOKENS, f"{name}: {count} codes differ"
