@@ -354,6 +354,7 @@ MISTAKES = {
     "too many bytes": "(?s)deadlock.*128 threads .*mbarrier.* 16 bytes to come",
     "two arrivals": "an arrival too many",
     "misaligned copy": "not aligned to 128 bytes",
+    "misaligned box": "box begins at 4",
     "barrier counts": "others wait at it as",
     "partial barrier": "(?s)deadlock.*barrier 8: 96 of 128",
     "no wait": "wrong product|in flight",

@@ -41,7 +41,8 @@ static void kernel(const CUtensorMap& map_a, const CUtensorMap& map_b) {
       }
       mbarrier_arrive_expect_bytes(full, 2 * matrix_bytes + (makes("too many bytes") ? 16 : 0));
       if (makes("two arrivals")) mbarrier_arrive_expect_bytes(full, 0);
-      tma_load_3d(&map_a, full, a + (makes("misaligned copy") ? 64 : 0), 0, 0, 0);
+      const int col = makes("misaligned box") ? 4 : 0;
+      tma_load_3d(&map_a, full, a + (makes("misaligned copy") ? 64 : 0), col, 0, 0);
       tma_load_3d(&map_b, full, b, 0, 0, 0);
     }
     return;
