@@ -265,6 +265,7 @@ INSTRUCTIONS = {
     ],
     "copy": [
         r"cp\.async\.bulk\.tensor\.3d\.shared::cluster\.global\.mbarrier::complete_tx::bytes",
+        r"cp\.async\.bulk\.prefetch\.tensor\.3d\.L2\.global \[\S+, \{[^}]*\}\];",
         r"cp\.async\.bulk\.shared::cluster\.global\.mbarrier::complete_tx::bytes "
         r"\[\S+\], \[\S+\], 48, \[\S+\];",
         r"fence\.proxy\.async\.shared::cta;",

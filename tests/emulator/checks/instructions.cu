@@ -25,6 +25,7 @@ extern "C" __global__ void mbarrier(Mbarrier* barrier) {
 extern "C" __global__ void copy(const __grid_constant__ CUtensorMap map, Mbarrier* barrier,
                                 void* shared, int x, int y, int z) {
   tma_load_3d(&map, barrier, shared, x, y, z);
+  tma_prefetch_3d(&map, x, y, z);
   bulk_load(&map, barrier, shared, 48);
   fence_proxy_async();
 }
