@@ -24,6 +24,7 @@ from .sample import random_orthogonal
 # exp(2) = 7.4, so that float16 holds it and rounding it costs nothing.
 _LARGEST_LOG_SCALE = 1.0
 _INITIAL_CLIP_LOGIT = 4.0  # FlatQuant's: a ratio of 0.982
+_LEAST_CLIP_LOGIT = -4.0  # a ratio of 0.018; towards 0 what is divided by the scale overflows
 _CLIP_LEARNING_RATE = 10.0  # times that of the factors, as in FlatQuant
 _BATCH_TOKENS, _BATCH_ROWS = 128, 512  # of the samples and of the weight, drawn for each step
 
@@ -128,6 +129,9 @@ def calibrate(
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+            with torch.no_grad():
+                for logit in logits:
+                    logit.clamp_(min=_LEAST_CLIP_LOGIT)
             schedule.step()
             if progress and sys.stderr.isatty():
                 _show(step + 1, steps, loss.item())

@@ -71,8 +71,9 @@ def test_fitting_beats_plain_int4_and_a_rotation(
     assert fit.error_after < 0.9 * start.error_after
 
 
-def test_factors_are_well_conditioned(samples: Tensor) -> None:
-    fit = calibrate(samples, steps=100, lr=1.0)  # far too fast
+@pytest.mark.parametrize("lr", [1.0, 10.0])
+def test_factors_are_well_conditioned(samples: Tensor, lr: float) -> None:
+    fit = calibrate(samples, steps=100, lr=lr)  # far too fast
     for factor, size in ((fit.left, 6), (fit.right, 8)):
         assert factor.shape == (size, size) and factor.dtype == torch.float32
         assert torch.linalg.cond(factor) <= math.exp(2) * 1.001
