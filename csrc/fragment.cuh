@@ -99,7 +99,8 @@ __device__ __forceinline__ Value opaque(Value value) {
 }
 
 // Read from one lane, so that the compiler knows it to be uniform in the warp.
-__device__ __forceinline__ int warp_uniform(int value) {
+template <class Value>
+__device__ __forceinline__ Value warp_uniform(Value value) {
   return __shfl_sync(0xffffffffu, value, 0);
 }
 
@@ -296,8 +297,9 @@ __device__ __forceinline__ unsigned char* first_codes(const Problem& problem, vo
 }
 
 // Codes of a token's 16 rows whose problem.cols is a multiple of 8, so that every word lies inside
-// a row.
-template <int cols, Outputs outputs, Storage storage, Clamp clamp, class Token>
+// a row. `is_whole`: all rows and columns are there, and whole vectors.
+template <int cols, Outputs outputs, Storage storage, Clamp clamp, bool is_whole = false,
+          class Token>
 __device__ __forceinline__ void store_codes(const float (&y)[cols / 2], const TokenScale& scale,
                                             const Problem& problem, void* all_codes, Token token,
                                             ThreadRows thread) {
@@ -306,11 +308,9 @@ __device__ __forceinline__ void store_codes(const float (&y)[cols / 2], const To
   constexpr bool packed = storage == Storage::int32;
   constexpr int words_per_octet = packed ? 1 : 2;  // 32-bit words of eight codes
   constexpr auto bytes = code_bytes<storage>;
-  unsigned char* codes = first_codes<storage>(problem, all_codes, token, thread);
+  unsigned char* const first_row = first_codes<storage>(problem, all_codes, token, thread);
 
-#pragma unroll
-  for (int half = 0; half < 2; ++half, codes += bytes(8 * problem.cols)) {
-    const bool inside = thread.first_row + 8 * half < problem.rows;
+  const auto store_words = [&](int half, bool inside, unsigned char* codes, auto are_together) {
 #pragma unroll
     for (int first = 0; first < Order::words; first += vector) {
       uint32_t words[vector * words_per_octet];
@@ -324,9 +324,8 @@ __device__ __forceinline__ void store_codes(const float (&y)[cols / 2], const To
       }
       const int col = thread.first_col + Order::word_column(first, thread.quad_lane);
       unsigned char* target = codes + bytes(col);
-      if (problem.cols % (8 * vector) == 0) {
-        // Then the words are aligned together and lie inside the row together.
-        store_if(inside && col < problem.cols, target, words);
+      if (are_together) {
+        store_if(inside && (is_whole || col < problem.cols), target, words);
       } else {
         const int first_col = opaque(col);
 #pragma unroll
@@ -338,7 +337,30 @@ __device__ __forceinline__ void store_codes(const float (&y)[cols / 2], const To
         }
       }
     }
-    if constexpr (Order::has_half_word) {
+  };
+  const auto store_rows = [&](auto are_together) {
+    unsigned char* codes = first_row;
+#pragma unroll
+    for (int half = 0; half < 2; ++half, codes += bytes(8 * problem.cols)) {
+      const bool inside = is_whole || thread.first_row + 8 * half < problem.rows;
+      store_words(half, inside, codes, are_together);
+    }
+  };
+  // Words of a vector are aligned together and lie inside the row together, or neither. Of the
+  // usual outputs one branch decides for all, as each costs more than the words.
+  const bool are_together = is_whole || vector == 1 || problem.cols % (8 * vector) == 0;
+  if constexpr (outputs != Outputs::simple) {
+    store_rows(are_together);
+  } else if (are_together) {
+    store_rows(std::true_type());
+  } else {
+    store_rows(std::false_type());
+  }
+  if constexpr (Order::has_half_word) {
+    unsigned char* codes = first_row;
+#pragma unroll
+    for (int half = 0; half < 2; ++half, codes += bytes(8 * problem.cols)) {
+      const bool inside = is_whole || thread.first_row + 8 * half < problem.rows;
       uint32_t octet[words_per_octet];
       pack_word<cols, outputs, storage, clamp>(octet, y, scale, Order::words, half,
                                                thread.quad_lane);

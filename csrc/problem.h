@@ -27,6 +27,9 @@ struct Output {
 
 constexpr int max_outputs = 8;
 
+// From here on a launch wants Problem::counter, to share the last tokens out as SMs get to them.
+constexpr int64_t min_tokens_to_share = 2048;
+
 // Y = left^T @ X @ right for each token X (rows x cols). A null factor is the identity. Where one
 // is missing, a kernel may take the rows for others, see sm90::regrouped().
 struct Problem {

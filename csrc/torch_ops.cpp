@@ -154,7 +154,7 @@ int64_t token_stride(const Tensor& input) {
 // scales, so that only the results are allocated.
 std::pair<Tensor, uint32_t*> empty_scales(const Tensor& input, const std::vector<int64_t>& sizes,
                                           int64_t tokens) {
-  if (tokens < sm90::min_tokens_to_share) {
+  if (tokens < min_tokens_to_share) {
     return {torch::stable::new_empty(input, sizes, ScalarType::Float), nullptr};
   }
   const std::vector<int64_t> with_counter{tokens + 1};
@@ -171,13 +171,13 @@ bool aligned(const void* pointer, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
-// What a kernel asks of these tensors beyond what the table knows: sm90 reads 16-byte units, and
-// the copy engine counts tokens in int32.
+// What a kernel asks of these tensors beyond what the table knows: those on tensor cores count
+// tokens in int32, and sm90 reads 16-byte units.
 bool fits_memory(std::string_view kernel, const Problem& problem) {
   const int units = problem.dtype == Dtype::float32 ? 4 : 8;  // elements
-  return kernel != "sm90" ||
-         (problem.tokens <= INT32_MAX && problem.input_stride % units == 0 &&
-          aligned(problem.input, 16) && aligned(problem.left, 16) && aligned(problem.right, 16));
+  if (problem.tokens > INT32_MAX && (kernel == "sm80" || kernel == "sm90")) return false;
+  return kernel != "sm90" || (problem.input_stride % units == 0 && aligned(problem.input, 16) &&
+                              aligned(problem.left, 16) && aligned(problem.right, 16));
 }
 
 int current_compute_capability(const Problem& problem) {

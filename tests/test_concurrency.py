@@ -81,7 +81,7 @@ def test_several_streams_and_all_kernels_in_one_cuda_graph() -> None:
     """Captured with a fork and a join, replayed with new tokens and new factors."""
     works = [
         (kernel, pack_int32, random_problem(M, N, tokens, dtype, DEVICE))
-        # 112 x 128 has tokens enough for blocks to share them out (see TokenSource of sm90).
+        # 112 x 128 has tokens enough for blocks to share them out (see TokenSource).
         for (M, N), tokens in (
             *(((64, 64), 1), ((128, 148), 33), ((24, 24), 700), ((13, 17), 5)),
             ((112, 128), 4096),

@@ -89,13 +89,16 @@ def test_more_tokens_than_int32_counts() -> None:
     needs(2 * 4 * tokens + 2 * GIB)
     one = random_problem(1, 8, 1, torch.float16, DEVICE)
     problem = Problem(one.input.expand(tokens, 8), *one[1:])  # one token, repeated without memory
-    word, scale = call(one, "auto", True)
+    word, scale = call(one, "simt", True)
     words, scales = call(problem, "auto", True)
     assert words.shape == (tokens, 1) and scales.shape == (tokens,)
     for start in range(0, tokens, CHUNK):
         assert (words[start : start + CHUNK] == word).all(), start
         assert (scales[start : start + CHUNK] == scale).all(), start
     COUNTS["tokens of large problems"] += tokens
+    for kernel in ("sm80", "sm90"):
+        with pytest.raises(RuntimeError, match=f"'{kernel}' does not serve"):
+            call(problem, kernel, True)
 
 
 @by_dtype

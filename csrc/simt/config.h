@@ -14,6 +14,10 @@ constexpr int max_size = 32768;  // a factor's elements are counted in int
 constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
 constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
+// What a tile needs of the rows of a stage lies together, a panel (depth, tile): a thread's loads
+// then differ by constants. Four floats more keep eight panels off each other's banks.
+constexpr int panel_pitch(int depth) { return depth * tile + 4; }
+
 constexpr bool serves(int rows, int cols) {
   return rows >= 1 && rows <= max_size && cols >= 1 && cols <= max_size;
 }
@@ -27,9 +31,10 @@ struct Plan {
   int row_chunks = 1, col_chunks = 1;
   int threads = 0;
   int left_depth = 0, right_depth = 0;  // rows in shared memory at once of left and X, of right
-  // Shared memory, in floats: extremes, two stages, W of each token (none if w_size is 0). Four
-  // more than a row of W has keep the stores of its transpose off each other's banks.
-  int w_pitch = 0, w_size = 0, stage_size = 0, extremes_size = 0;
+  // Shared memory, in floats: extremes, two stages, W of each token (none if w_size is 0), whose
+  // tile rows are w_pitch apart and its tiles w_panel. Where a stage of right is a tile deep, the
+  // store of four neighbours in two tile rows meets no bank twice.
+  int w_panel = 0, w_pitch = 0, w_size = 0, stage_size = 0, extremes_size = 0;
   int shared_bytes = 0;
 
   constexpr Plan(int rows, int cols, int shared_limit) {
@@ -54,14 +59,16 @@ struct Plan {
     tile_cols = cols_of_tiles;
     threads = divide_up(tokens * tile_rows * tile_cols, 32) * 32;
     if (threads > max_threads) return false;
-    // No thread brings more than one row of a matrix.
+    // No thread brings more than one row of a panel. A stage of right takes no two panels of W.
     left_depth = smaller(max_depth, smaller(tile_rows, tokens * tile_cols));
-    right_depth = smaller(max_depth, tokens * tile_rows);
-    const int left_stage = left_depth * tile * (tile_rows + tokens * tile_cols);
-    const int right_stage = right_depth * tile * (tile_rows + tile_cols);
-    w_pitch = tile * tile_rows + 4;
-    w_size = kept_cols * w_pitch;
+    for (right_depth = max_depth; right_depth > tokens * tile_rows;) right_depth /= 2;
+    const int left_stage = panel_pitch(left_depth) * (tile_rows + tokens * tile_cols);
+    const int right_stage =
+        panel_pitch(right_depth) * ((kept_cols == 0 ? tile_rows : 0) + tile_cols);
     stage_size = left_stage > right_stage ? left_stage : right_stage;
+    w_panel = right_depth == max_depth ? panel_pitch(max_depth) : tile * tile;
+    w_pitch = divide_up(divide_up(kept_cols, tile) * w_panel - 16, 32) * 32 + 16;
+    w_size = kept_cols == 0 ? 0 : tile_rows * w_pitch;
     extremes_size = divide_up(2 * tokens, 4) * 4;
     shared_bytes = 4 * (extremes_size + 2 * stage_size + tokens * w_size);
     return shared_bytes <= shared_limit;

@@ -1,12 +1,13 @@
 // The CUDA-core kernel: any rows and cols, all dtypes, no tensor core, and it runs on sm_60 (newer
 // builds use max.NaN, see quantize.cuh).
 // A block computes the tokens of a group (config.h says how many, and how they are cut):
-//   W = left^T @ X     tiles of left's rows and of X's rows pass through shared memory
+//   W = left^T @ X     stages of left's and of X's rows pass through shared memory
 //   Y = W @ right      W lies in shared memory, transposed, in float; right's rows pass through
-// Both are sums over k of a[k]^T b[k], rows of a and b being contiguous. Each thread holds 8 x 8
-// sums of one token: 64 FMAs share four 16-byte loads, and the FMA units are what binds it. Two
-// stages let the next tile arrive while one is used; codes leave from the registers, for one output
-// after the other. The product with a factor that is not there is left out.
+// Both are sums over k of a[k]^T b[k], a and b lying there in panels of eight columns, k after k.
+// Each thread holds 8 x 8 sums of one token: 64 FMAs share four 16-byte loads, and the FMA units
+// are what binds it. Two stages let the next rows arrive while some are used; codes leave from the
+// registers, for one output after the other. The product with a factor that is not there is left
+// out.
 #pragma once
 
 #include "elements.cuh"
@@ -24,52 +25,50 @@ __device__ __forceinline__ bool in_fours(const Element* from, int cols) {
   return cols % 4 == 0 && reinterpret_cast<uintptr_t>(from) % sizeof(Elements<Element, 4>) == 0;
 }
 
-// Brings tiles of a row-major matrix to shared memory, as float. This thread brings two groups of
-// four columns of one row of each tile.
+// Brings stages of a row-major matrix to shared memory, as panels of float. This thread brings one
+// row of one panel of each stage.
 template <class Element>
 class Courier {
  public:
-  // `col` counts in the tile, which begins at column `first_col` of the matrix.
-  __device__ Courier(const Element* matrix, int rows, int cols, int first_col, int row, int col,
-                     int group_step, int tile_pitch, bool takes_part)
-      : from_(matrix + row * cols + first_col + col),
+  // The panels begin at column `first_col` of the matrix, and at `panels` in the first stage.
+  __device__ Courier(const Element* matrix, int rows, int cols, int first_col, int row, int panel,
+                     bool takes_part, float* panels, int pitch)
+      : from_(matrix + row * cols + first_col + tile * panel),
         cols_(cols),
         rows_left_(takes_part ? rows - row : 0),
-        cols_left_(cols - first_col - col),
-        group_step_(group_step),
-        to_(takes_part ? row * tile_pitch + col : -1),
-        in_fours_(in_fours(from_, cols)) {}
+        cols_left_(cols - first_col - tile * panel),
+        to_(panels + panel * pitch + row * tile) {}
 
-  // From the tile that begins at row k to registers. What is outside the matrix stays as it was:
-  // sums that it takes part in are not used.
-  __device__ void fetch(int k) {
+  // From the stage at row k to registers. What is outside the matrix stays as it was: sums that it
+  // takes part in are not used.
+  __device__ __forceinline__ void fetch(int k) {
     if (k >= rows_left_) return;
-    const Element* from = from_ + k * cols_;
-#pragma unroll
-    for (int group = 0; group < 2; ++group) {
-      const int begin = group * group_step_;
-      if (begin >= cols_left_) break;
-      groups_[group] =
-          in_fours_ ? load<4>(from + begin) : load_up_to<4>(from + begin, cols_left_ - begin);
+    const Element* const from = from_ + k * cols_;
+    if (cols_left_ >= tile && in_fours(from, cols_)) {
+      fours_[0] = load<4>(from);
+      fours_[1] = load<4>(from + 4);
+    } else {
+      fours_[0] = load_up_to<4>(from, cols_left_);
+      fours_[1] = load_up_to<4>(from + 4, cols_left_ - 4);
     }
   }
 
-  __device__ void deliver(float* stage) const {
-    if (to_ < 0) return;
+  __device__ __forceinline__ void deliver(int stage_offset) const {
+    if (rows_left_ <= 0) return;
 #pragma unroll
-    for (int group = 0; group < 2; ++group) {
+    for (int i = 0; i < 2; ++i) {
       float values[4];
-      to_floats(values, groups_[group]);
-      *reinterpret_cast<float4*>(stage + to_ + group * group_step_) =
+      to_floats(values, fours_[i]);
+      *reinterpret_cast<float4*>(to_ + stage_offset + 4 * i) =
           make_float4(values[0], values[1], values[2], values[3]);
     }
   }
 
  private:
   const Element* from_;
-  int cols_, rows_left_, cols_left_, group_step_, to_;
-  bool in_fours_;
-  Elements<Element, 4> groups_[2] = {};
+  int cols_, rows_left_, cols_left_;
+  float* to_;
+  Elements<Element, 4> fours_[2] = {};
 };
 
 using Sums = float[tile][tile];
@@ -79,42 +78,67 @@ __device__ __forceinline__ void clear(Sums& sums) {
   for (int i = 0; i < tile * tile; ++i) sums[i / tile][i % tile] = 0.0f;
 }
 
-// sums[r][c] += a[k][r] * b[k][c] for k = 0 .. depth - 1, in this order. The columns of b are
-// 0..3 and half_b .. half_b + 3.
-__device__ __forceinline__ void multiply(Sums& sums, const float* a, int a_pitch, const float* b,
-                                         int b_pitch, int half_b, int depth) {
-#pragma unroll 2
-  for (int k = 0; k < depth; ++k, a += a_pitch, b += b_pitch) {
-    const float4 a0 = *reinterpret_cast<const float4*>(a);
-    const float4 a1 = *reinterpret_cast<const float4*>(a + 4);
-    const float4 b0 = *reinterpret_cast<const float4*>(b);
-    const float4 b1 = *reinterpret_cast<const float4*>(b + half_b);
-    const float rows[tile] = {a0.x, a0.y, a0.z, a0.w, a1.x, a1.y, a1.z, a1.w};
-    const float cols[tile] = {b0.x, b0.y, b0.z, b0.w, b1.x, b1.y, b1.z, b1.w};
+// What one k brings to a thread's sums.
+struct Edges {
+  alignas(16) float a[tile], b[tile];
+
+  __device__ __forceinline__ void load(const float* from_a, const float* from_b) {
+#pragma unroll
+    for (int i = 0; i < tile; i += 4) {
+      reinterpret_cast<float4&>(a[i]) = *reinterpret_cast<const float4*>(from_a + i);
+      reinterpret_cast<float4&>(b[i]) = *reinterpret_cast<const float4*>(from_b + i);
+    }
+  }
+  __device__ __forceinline__ void add_to(Sums& sums) const {
 #pragma unroll
     for (int r = 0; r < tile; ++r) {
 #pragma unroll
-      for (int c = 0; c < tile; ++c) sums[r][c] = fmaf(rows[r], cols[c], sums[r][c]);
+      for (int c = 0; c < tile; ++c) sums[r][c] = fmaf(a[r], b[c], sums[r][c]);
     }
+  }
+};
+
+// sums[r][c] += a[k][r] * b[k][c] for k = 0 .. depth - 1, in this order.
+__device__ __forceinline__ void multiply(Sums& sums, const float* a, const float* b, int depth) {
+#pragma unroll 1
+  for (int k = 0; k < depth; ++k) {
+    Edges edges;
+    edges.load(a + k * tile, b + k * tile);
+    edges.add_to(sums);
   }
 }
 
-// use(stage, k, depth) for every tile of a matrix of `rows` rows, after fetch(k) has brought it to
-// registers and deliver(stage, k) to stage 0 or 1.
-template <class Fetch, class Deliver, class Use>
-__device__ __forceinline__ void for_each_tile(int rows, int depth, Fetch fetch, Deliver deliver,
-                                              Use use) {
+// The same for k = 0 .. rows - 1, in stages. fetch(k) brings one to registers, deliver(offset) to
+// shared memory; this thread's panels of the first are at a and b. The second stage lies stage_size
+// behind it, the third in its place; but if a_step is not 0, all of a is there, a_step apart. Full
+// stages are unrolled, so that the compiler loads the edges of the next k while one is used.
+template <class Fetch, class Deliver>
+__device__ __forceinline__ void accumulate(Sums& sums, int rows, int depth, const float* a,
+                                           const float* b, int a_step, int stage_size, Fetch fetch,
+                                           Deliver deliver) {
   fetch(0);
-  deliver(0, 0);
+  deliver(0);
   __syncthreads();
-  int stage = 0;
+  int step = stage_size;
+#pragma unroll 1
   for (int k = 0; k < rows; k += depth) {
-    const int next = k + depth;
-    if (next < rows) fetch(next);
-    use(stage, k, smaller(depth, rows - k));
-    stage ^= 1;
-    if (next < rows) deliver(stage, next);
+    const bool is_last = rows - k <= depth, is_full = depth == max_depth && rows - k >= max_depth;
+    if (!is_last) fetch(k + depth);
+    if (is_full) {
+#pragma unroll
+      for (int i = 0; i < max_depth; ++i) {
+        Edges edges;
+        edges.load(a + i * tile, b + i * tile);
+        edges.add_to(sums);
+      }
+    } else {
+      multiply(sums, a, b, smaller(depth, rows - k));
+    }
+    if (!is_last) deliver(step > 0 ? step : 0);
     __syncthreads();
+    a += a_step == 0 ? step : a_step;
+    b += step;
+    step = -step;
   }
 }
 
@@ -136,13 +160,35 @@ __device__ __noinline__ inline void store_unaligned(void* token_codes, bool pack
   }
 }
 
-__device__ __forceinline__ uint32_t pack_four(const float (&values)[4], const TokenScale& scale,
-                                              bool packed) {
-  if (!scale.clamps) {
-    return packed ? pack_int4<Clamp::none>(values, scale) : pack_int8<Clamp::none>(values, scale);
+template <Clamp clamp>
+__device__ __forceinline__ void store_codes(unsigned char* codes, bool packed, const Sums& sums,
+                                            int row, int col, int rows, int cols,
+                                            const TokenScale& scale) {
+  if (col >= cols) return;
+#pragma unroll
+  for (int r = 0; r < tile; ++r) {
+    if (row + r >= rows) return;
+    const int feature = (row + r) * cols + col;
+    const float (&values)[tile] = sums[r];
+    if (packed && cols % tile == 0) {
+      reinterpret_cast<uint32_t*>(codes)[feature / 8] = pack_int4<clamp>(values, scale);
+      continue;
+    }
+#pragma unroll
+    for (int i = 0; i < tile; i += 4) {
+      if (col + i >= cols) break;
+      const float four_values[4] = {values[i], values[i + 1], values[i + 2], values[i + 3]};
+      const uint32_t four =
+          packed ? pack_int4<clamp>(four_values, scale) : pack_int8<clamp>(four_values, scale);
+      if (cols % 4 != 0) {
+        store_unaligned(codes, packed, feature + i, cols - col - i, four);
+      } else if (packed) {
+        reinterpret_cast<uint16_t*>(codes)[(feature + i) / 4] = static_cast<uint16_t>(four);
+      } else {
+        reinterpret_cast<uint32_t*>(codes)[(feature + i) / 4] = four;
+      }
+    }
   }
-  return packed ? pack_int4<Clamp::saturated>(values, scale)
-                : pack_int8<Clamp::saturated>(values, scale);
 }
 
 template <class Element>
@@ -151,13 +197,17 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
   const int rows = problem.rows, cols = problem.cols;
   const int thread = static_cast<int>(threadIdx.x);
   const int a_pitch = tile * plan.tile_rows, b_pitch = tile * plan.tile_cols;
-  const int half_b = b_pitch / 2;  // between the two groups of columns of a thread
 
   // Which token of the group, and which tile of the chunk. The threads that fill up the last warp
   // repeat the last token's tiles and store nothing.
   const int token_threads = plan.tile_rows * plan.tile_cols;
   const int member = smaller(thread / token_threads, plan.tokens - 1);
-  const int tile_row = thread % token_threads / plan.tile_cols, tile_col = thread % plan.tile_cols;
+  const int place = thread % token_threads;  // in the token
+  // Two tile rows side by side, neighbouring lanes in one column: half a warp then takes each
+  // 16-byte load of either edge in one go.
+  const int pair_row = place / (2 * plan.tile_cols) * 2, in_pair = place % (2 * plan.tile_cols);
+  const int pair_rows = smaller(2, plan.tile_rows - pair_row);
+  const int tile_row = pair_row + in_pair % pair_rows, tile_col = in_pair / pair_rows;
   const bool has_tile = thread < plan.tokens * token_threads;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * plan.tokens + member;
   const bool has_token = has_tile && token < problem.tokens;
@@ -165,11 +215,8 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
   auto* const highs = reinterpret_cast<int32_t*>(memory);  // Extremes of Y of each token
   auto* const lows = reinterpret_cast<uint32_t*>(highs + plan.tokens);
   float* const stages = reinterpret_cast<float*>(memory) + plan.extremes_size;
-  float* const w = stages + 2 * plan.stage_size + member * plan.w_size;  // (cols, w_pitch)
-  // A stage holds `depth` rows of the first factor (a_pitch) and then of the second (b_pitch).
-  auto stage_a = [&](int stage) { return stages + stage * plan.stage_size; };
-  auto stage_b = [&](int stage, int depth) { return stage_a(stage) + depth * a_pitch; };
-
+  float* const w = stages + 2 * plan.stage_size + member * plan.w_size;
+  // A stage holds the panels of the first factor, unless that is W, and then of the second.
   const auto* const x = static_cast<const Element*>(problem.input) + token * problem.input_stride;
   const auto* const left = static_cast<const Element*>(problem.left);
   const auto* const right = static_cast<const Element*>(problem.right);
@@ -181,7 +228,7 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
     for (int output = 0; output < problem.output_count; ++output) {
       auto* const words =
           static_cast<uint32_t*>(problem.outputs[output].codes) + token * (token_bytes / 4);
-      for (int i = thread % token_threads; i < token_bytes / 4; i += token_threads) words[i] = 0;
+      for (int i = place; i < token_bytes / 4; i += token_threads) words[i] = 0;
     }
   }
 
@@ -193,13 +240,13 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
     const int chunk = smaller(step, 2 * (chunks - 1) - step);
     const int first_row = chunk / plan.col_chunks * a_pitch;
     const int first_col = chunk % plan.col_chunks * b_pitch;
-    const int row = first_row + tile * tile_row, col = first_col + 4 * tile_col;
+    const int row = first_row + tile * tile_row, col = first_col + tile * tile_col;
 
     clear(sums);
     if (left == nullptr && keeps_w) {
 #pragma unroll
       for (int i = 0; i < 2 * tile; ++i) {
-        const int x_row = row + i / 2, x_col = col + i % 2 * half_b;
+        const int x_row = row + i / 2, x_col = col + i % 2 * 4;
         if (!has_token || x_row >= rows || x_col >= cols) continue;
         const Element* const from = x + x_row * cols + x_col;
         float values[4];
@@ -209,33 +256,33 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
       }
     } else if (right == nullptr || keeps_w) {
       const int depth = plan.left_depth;
+      const int pitch = panel_pitch(depth);
+      float* const x_panels = stages + (plan.tile_rows + member * plan.tile_cols) * pitch;
       Courier<Element> left_rows(left, rows, rows, first_row, thread / plan.tile_rows,
-                                 4 * (thread % plan.tile_rows), a_pitch / 2, a_pitch,
-                                 thread < depth * plan.tile_rows);
-      Courier<Element> x_rows(x, rows, cols, first_col, tile_row, 4 * tile_col, half_b, b_pitch,
-                              has_token && tile_row < depth);
-      auto stage_x = [&](int stage) { return stage_b(stage, depth) + member * depth * b_pitch; };
-      for_each_tile(
-          rows, depth,
+                                 thread % plan.tile_rows, thread < depth * plan.tile_rows, stages,
+                                 pitch);
+      // From the other end: few warps then bring both.
+      const int x_place = token_threads - 1 - place;
+      Courier<Element> x_rows(x, rows, cols, first_col, x_place / plan.tile_cols,
+                              x_place % plan.tile_cols,
+                              has_token && x_place < depth * plan.tile_cols, x_panels, pitch);
+      accumulate(
+          sums, rows, depth, stages + tile_row * pitch, x_panels + tile_col * pitch, 0,
+          plan.stage_size,
           [&](int k) {
             left_rows.fetch(k);
             x_rows.fetch(k);
           },
-          [&](int stage, int) {
-            left_rows.deliver(stage_a(stage));
-            x_rows.deliver(stage_x(stage));
-          },
-          [&](int stage, int, int count) {
-            multiply(sums, stage_a(stage) + tile * tile_row, a_pitch, stage_x(stage) + 4 * tile_col,
-                     b_pitch, half_b, count);
+          [&](int offset) {
+            left_rows.deliver(offset);
+            x_rows.deliver(offset);
           });
     }
-    if (right != nullptr && keeps_w) {
+    float* const w_row = w + tile_row * plan.w_pitch;
+    if (right != nullptr && keeps_w && has_tile) {
 #pragma unroll
       for (int c = 0; c < tile; ++c) {
-        const int w_col = col + (c < 4 ? c : half_b + c - 4);
-        if (!has_tile || w_col >= cols) continue;
-        auto* const to = reinterpret_cast<float4*>(w + w_col * plan.w_pitch + tile * tile_row);
+        auto* const to = reinterpret_cast<float4*>(w_row + tile_col * plan.w_panel + c * tile);
         to[0] = make_float4(sums[0][c], sums[1][c], sums[2][c], sums[3][c]);
         to[1] = make_float4(sums[4][c], sums[5][c], sums[6][c], sums[7][c]);
       }
@@ -243,70 +290,76 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
 
     if (right != nullptr) {
       const int depth = plan.right_depth;
+      const int pitch = panel_pitch(depth);
+      float* const right_panels = stages + (keeps_w ? 0 : plan.tile_rows * pitch);
       Courier<Element> right_rows(right, cols, cols, first_col, thread / plan.tile_cols,
-                                  4 * tile_col, half_b, b_pitch, thread < depth * plan.tile_cols);
+                                  thread % plan.tile_cols, thread < depth * plan.tile_cols,
+                                  right_panels, pitch);
+      const float* const b = right_panels + tile_col * pitch;
       clear(sums);
-      for_each_tile(
-          cols, depth, [&](int k) { right_rows.fetch(k); },
-          [&](int stage, int k) {
-            right_rows.deliver(stage_b(stage, depth));
-            if (keeps_w) return;
-            // There is no room for W: compute the columns of it that this tile needs.
-            for (int i = thread; i < depth * a_pitch; i += plan.threads) {
-              const int w_row = first_row + i % a_pitch, w_col = k + i / a_pitch;
-              float sum = 0.0f;
-              if (w_row < rows && w_col < cols) {
-                if (left == nullptr) sum = static_cast<float>(x[w_row * cols + w_col]);
-                for (int j = 0; left != nullptr && j < rows; ++j) {
-                  sum = fmaf(static_cast<float>(left[j * rows + w_row]),
-                             static_cast<float>(x[j * cols + w_col]), sum);
-                }
+      if (keeps_w) {
+        accumulate(
+            sums, cols, depth, w_row, b, plan.w_panel * depth / max_depth, plan.stage_size,
+            [&](int k) { right_rows.fetch(k); }, [&](int offset) { right_rows.deliver(offset); });
+      } else {
+        for (int k = 0; k < cols; k += depth) {
+          right_rows.fetch(k);
+          right_rows.deliver(0);
+          // There is no room for W: compute the columns of it that this stage needs.
+          for (int i = thread; i < depth * a_pitch; i += plan.threads) {
+            const int in_chunk = i % a_pitch, in_stage = i / a_pitch;
+            const int m = first_row + in_chunk, n = k + in_stage;
+            float sum = 0.0f;
+            if (m < rows && n < cols) {
+              if (left == nullptr) sum = static_cast<float>(x[m * cols + n]);
+              for (int j = 0; left != nullptr && j < rows; ++j) {
+                sum = fmaf(static_cast<float>(left[j * rows + m]),
+                           static_cast<float>(x[j * cols + n]), sum);
               }
-              stage_a(stage)[i] = sum;
             }
-          },
-          [&](int stage, int k, int count) {
-            multiply(sums, (keeps_w ? w + k * plan.w_pitch : stage_a(stage)) + tile * tile_row,
-                     keeps_w ? plan.w_pitch : a_pitch, stage_b(stage, depth) + 4 * tile_col,
-                     b_pitch, half_b, count);
-          });
+            stages[in_chunk / tile * pitch + in_stage * tile + in_chunk % tile] = sum;
+          }
+          __syncthreads();
+          multiply(sums, stages + tile_row * pitch, b, smaller(depth, cols - k));
+          __syncthreads();
+        }
+      }
     }
 
-    // Calls use(values, feature, count) for all groups of four neighbouring sums, of which the
-    // first `count` exist.
-    auto for_each_four = [&](auto use) {
+    if (stores_y) {
 #pragma unroll
       for (int i = 0; i < 2 * tile; ++i) {
-        const int group = i % 2, y_row = row + i / 2, y_col = col + group * half_b;
-        if (y_row >= rows || y_col >= cols) continue;
+        const int group = i % 2, y_row = row + i / 2, y_col = col + 4 * group;
+        if (!has_token || y_row >= rows || y_col >= cols) continue;
         const float (&sums_of_row)[tile] = sums[i / 2];
         const float values[4] = {sums_of_row[4 * group], sums_of_row[4 * group + 1],
                                  sums_of_row[4 * group + 2], sums_of_row[4 * group + 3]};
-        use(values, y_row * cols + y_col, cols - y_col);
+        store_values(problem.transformed_dtype, problem.transformed,
+                     (token * rows + y_row) * cols + y_col, values, cols - y_col);
       }
-    };
-    if (stores_y) {
-      if (!has_token) continue;
-      for_each_four([&](const float (&values)[4], int feature, int count) {
-        store_values(problem.transformed_dtype, problem.transformed, token * rows * cols + feature,
-                     values, count);
-      });
       continue;
     }
 
-    Extremes own;
+    if (row + tile > rows || col + tile > cols) {
 #pragma unroll
-    for (int r = 0; r < tile; ++r) {
-#pragma unroll
-      for (int c = 0; c < tile; ++c) {
-        const bool inside = row + r < rows && col + (c < 4 ? c : half_b + c - 4) < cols;
-        if (!inside) sums[r][c] = 0.0f;
-        own.include(sums[r][c]);
+      for (int i = 0; i < tile * tile; ++i) {
+        if (row + i / tile >= rows || col + i % tile >= cols) sums[i / tile][i % tile] = 0.0f;
       }
     }
-    if (step < chunks && has_token) {
-      atomicMax(&highs[member], own.high);
-      atomicMax(&lows[member], own.low);
+    if (step < chunks) {
+      Extremes own;
+#pragma unroll
+      for (int i = 0; i < tile * tile; ++i) own.include(sums[i / tile][i % tile]);
+      // Of a whole warp where it has but one token: lanes at one address wait for each other.
+      const bool whole_warps = token_threads % 32 == 0;
+      for (int lanes = whole_warps ? 16 : 0; lanes > 0; lanes /= 2) {
+        own.include(Extremes{__shfl_xor_sync(0xffffffffu, own.high, lanes),
+                             __shfl_xor_sync(0xffffffffu, own.low, lanes)});
+      }
+      if (has_token && (!whole_warps || thread % 32 == 0)) {
+        atomicMax(&highs[member], own.high);
+        atomicMax(&lows[member], own.low);
+      }
     }
     if (step < chunks - 1) continue;
     if (step == chunks - 1) __syncthreads();
@@ -319,16 +372,11 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
       const TokenScale scale = Ratios(output).scale(extremes, false);
       if (chunk == 0 && tile_row == 0 && tile_col == 0) output.scales[token] = scale.scale;
       auto* const codes = static_cast<unsigned char*>(output.codes) + token * token_bytes;
-      for_each_four([&](const float (&values)[4], int feature, int count) {
-        const uint32_t four = pack_four(values, scale, packed);
-        if (cols % 4 != 0) {
-          store_unaligned(codes, packed, feature, count, four);
-        } else if (packed) {
-          reinterpret_cast<uint16_t*>(codes)[feature / 4] = static_cast<uint16_t>(four);
-        } else {
-          reinterpret_cast<uint32_t*>(codes)[feature / 4] = four;
-        }
-      });
+      if (scale.clamps) {
+        store_codes<Clamp::saturated>(codes, packed, sums, row, col, rows, cols, scale);
+      } else {
+        store_codes<Clamp::none>(codes, packed, sums, row, col, rows, cols, scale);
+      }
     }
   }
 }

@@ -39,20 +39,25 @@ __device__ __forceinline__ void cp_async(void* shared, const void* global, bool 
   }
 }
 
+// The same of 16 bytes, or nothing.
+__device__ __forceinline__ void cp_async_if(bool condition, void* shared, const void* global) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %0, 0; @p cp.async.cg.shared.global.L2::128B [%1], [%2], "
+      "16;}" ::"r"(static_cast<int>(condition)),
+      "r"(cute::cast_smem_ptr_to_uint(shared)), "l"(global)
+      : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() { cute::cp_async_fence(); }
 
 // Returns once no more than the `pending` newest of the groups that this thread has committed are
 // in flight; of more than three it waits for those before the newest three.
 __device__ __forceinline__ void cp_async_wait(int pending) {
-  switch (pending) {
-    case 0:
-      return cute::cp_async_wait<0>();
-    case 1:
-      return cute::cp_async_wait<1>();
-    case 2:
-      return cute::cp_async_wait<2>();
-    default:
-      return cute::cp_async_wait<3>();
+  // No switch, which would become a jump table.
+  if (pending >= 2) {
+    pending == 2 ? cute::cp_async_wait<2>() : cute::cp_async_wait<3>();
+  } else {
+    pending == 0 ? cute::cp_async_wait<0>() : cute::cp_async_wait<1>();
   }
 }
 

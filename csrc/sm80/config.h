@@ -47,8 +47,9 @@ constexpr int pitch(int cols) { return cols + 8; }
 constexpr int max_stages = 4;
 
 // How a problem runs on a device. Offsets and bytes are of shared memory, in this order: extremes
-// for each warp, scratch for each 32 rows, then for the resident kernel left, right and the ring of
-// stages, one token each; for the streamed one W and the ring of slices.
+// for each warp, then for the resident kernel which token each stage holds, scratch for each 32
+// rows, and for it again left, right and the ring of stages, one token each; for the streamed one W
+// and the ring of slices.
 struct Plan {
   int cols;  // of the kernel
   bool streamed;
@@ -59,12 +60,15 @@ struct Plan {
   int pass_rows;   // what a pass computes of W and Y
   int left_pitch;
   int scratch_bytes;  // of 32 rows
+  int tokens_offset = 0, scratch_offset = 0;
   int left_offset = 0, right_offset = 0, w_offset = 0;
   int slice_rows = 0;  // of a streamed factor or token
   int ring_offset = 0, stage_bytes = 0;
   int shared_bytes = 0;
 
-  static constexpr int scratch_offset = 16 * 8;
+  // Of a group, of 8 bytes at most: one for each warp, if it has others, and so many that all are
+  // read by 16 bytes.
+  constexpr int extremes_size() const { return warps == 1 ? 0 : round_up(warps, 4); }
 
   constexpr Plan(int rows, int n, int shared_limit) : Plan(rows, n, false) {
     if (cols != 0) fit_resident(rows, shared_limit);
@@ -101,8 +105,11 @@ struct Plan {
     left_pitch = pitch(pass_rows);
   }
 
-  constexpr int all_scratch_bytes() const {
-    return groups * (pass_rows / warp_rows) * scratch_bytes;
+  // Sets the offsets of what comes first; returns where it ends.
+  constexpr int place_first() {
+    tokens_offset = groups * extremes_size() * 8;
+    scratch_offset = tokens_offset + (streamed ? 0 : round_up(groups * max_stages * 4, 16));
+    return scratch_offset + groups * (pass_rows / warp_rows) * scratch_bytes;
   }
 
   // As many groups as registers allow. Two stages each, if no more than a third of the groups have
@@ -117,7 +124,7 @@ struct Plan {
     }
     for (int wanted = 2; wanted >= 1; --wanted) {
       for (groups = most; groups >= 1 && (wanted == 1 || 3 * groups >= 2 * most); --groups) {
-        left_offset = scratch_offset + all_scratch_bytes();
+        left_offset = place_first();
         right_offset = left_offset + depth * left_pitch * 2;
         ring_offset = right_offset + cols * pitch(cols) * 2;
         const int fitting = (shared_limit - ring_offset) / stage_bytes / groups;
@@ -131,7 +138,7 @@ struct Plan {
 
   // Three slices of 32 rows, each with half the barriers, or at least two of 16.
   constexpr bool fits_streamed(int shared_limit) {
-    w_offset = scratch_offset + all_scratch_bytes();
+    w_offset = place_first();
     ring_offset = w_offset + pass_rows * cols * 2;
     for (slice_rows = 32;; slice_rows = 16) {
       stage_bytes = slice_rows * (left_pitch + pitch(cols)) * 2;
@@ -163,6 +170,12 @@ struct Config {
                                    : warp_cols <= 64 ? 8
                                                      : 16;
   static constexpr int max_threads = max_warps(cols, streamed) * 32;
+  // Of problems without padding. Eight warps of 112 columns leave registers to load each step's
+  // fragments during the one before.
+  static constexpr int max_whole_threads = cols > 192 ? 8 * 32 : max_threads;
+  static constexpr bool loads_ahead(bool is_whole) {
+    return !streamed && (!shares_w || (is_whole && cols > 192));
+  }
 };
 
 }  // namespace flatquant::sm80

@@ -10,18 +10,21 @@
 // left factor the identity is staged, as W is then X to the bit; without a right one W is Y, and
 // lanes exchange codes instead.
 // resident_kernel: the factors stay in shared memory; a block is groups that work on different
-// tokens, each with a ring of stages that it fills itself by cp.async.
+// tokens, each with a ring of stages that it fills itself by cp.async, the last tokens as groups
+// get to them.
 // streamed_kernel: for factors that do not fit; the block works on one token and takes left, X and
 // right from a ring of slices of some rows, out of L2. Tokens of more rows than the registers can
 // hold go in passes: all but the last are computed a second time, once the extremes are known.
 // Bound by memory, by the instructions of a token, or by tensor cores where rows + cols is large.
 #pragma once
 
+#include "elements.cuh"
 #include "fragment.cuh"
 #include "problem.h"
 #include "quantize.cuh"
 #include "sm80/ampere.cuh"
 #include "sm80/config.h"
+#include "token_source.cuh"
 
 namespace flatquant::sm80 {
 
@@ -29,7 +32,7 @@ namespace flatquant::sm80 {
 
 // Bytes to copy at once, 2 to 16: what divides the address, a row, and `run` elements: the distance
 // between tokens, or as many columns as stay side by side.
-__device__ __forceinline__ int copy_unit(const void* pointer, int cols, int64_t run) {
+__host__ __device__ __forceinline__ int copy_unit(const void* pointer, int cols, int64_t run) {
   const auto bits = static_cast<unsigned>(reinterpret_cast<uintptr_t>(pointer)) |
                     static_cast<unsigned>(2 * cols) | static_cast<unsigned>(2 * run);
   return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : 2;
@@ -119,6 +122,78 @@ __device__ __forceinline__ void copy_left(int unit, Element* shared, int pitch,
   }
 }
 
+// The right factor on its way to shared memory, in the order of its columns and padded with zeros:
+// in registers by eight columns, as pairs of them part and cp.async would bring but 4 bytes at a
+// time. What is loaded first arrives while the block does other things.
+template <class Config>
+class RightFactor {
+ public:
+  using Element = typename Config::Element;
+
+  __device__ explicit RightFactor(const Problem& problem)
+      : right_(static_cast<const Element*>(problem.right)),
+        size_(problem.cols),
+        has_octets_(right_ != nullptr && copy_unit(right_, size_, 0) == 16) {
+    if (has_octets_) load(team_.thread);
+  }
+
+  __device__ __forceinline__ void store_all(Element* shared) {
+    if (has_octets_) {
+      int first = team_.thread;
+      store(shared, first);
+#pragma unroll 1
+      while ((first += batch * team_.threads) < octets * Config::cols) {
+        load(first);
+        store(shared, first);
+      }
+    } else if (right_ != nullptr) {
+      with_unit<4>(copy_unit(right_, size_, 2), [&](auto unit) {
+        copy_matrix<unit()>(shared, Config::pitch, right_, size_, {size_, size_},
+                            {Config::cols, Config::cols}, team_, Position());
+      });
+    }
+  }
+
+ private:
+  using Position = Ordered<Config::warp_cols>;
+  static constexpr int octets = Config::cols / 8;  // of a row
+  static constexpr int batch = Config::cols > 128 ? 16 : 8;
+
+  // Blocks begin in different rows: were all to read the same one, they would wait for each other.
+  __device__ int row_of(int octet) const {
+    const int row = octet / octets + static_cast<int>(blockIdx.x % Config::cols);
+    return row < Config::cols ? row : row - Config::cols;
+  }
+  __device__ __forceinline__ void load(int first) {
+#pragma unroll
+    for (int i = 0; i < batch; ++i) {
+      const int octet = first + i * team_.threads, row = row_of(octet), col = octet % octets * 8;
+      elements_[i] = {};
+      if (octet < octets * Config::cols && row < size_ && col < size_) {
+        elements_[i] = flatquant::load<8>(right_ + row * size_ + col);
+      }
+    }
+  }
+  __device__ __forceinline__ void store(Element* shared, int first) const {
+#pragma unroll
+    for (int i = 0; i < batch; ++i) {
+      const int octet = first + i * team_.threads, row = row_of(octet), col = octet % octets * 8;
+      if (octet >= octets * Config::cols) break;
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        *reinterpret_cast<uint32_t*>(shared + row * Config::pitch + Position()(col + 2 * pair)) =
+            elements_[i].words[pair];
+      }
+    }
+  }
+
+  const Element* const right_;
+  const int size_;
+  const bool has_octets_;
+  const Team team_ = block_team();
+  Elements<Element, 8> elements_[batch];
+};
+
 // What a warp computes of a token's W and Y: the first of its 32 rows and of its columns.
 template <class Config>
 struct WarpTile {
@@ -153,6 +228,23 @@ __device__ __forceinline__ void copy_tile(Element* shared, const Element* token,
         from += row_step * problem.cols;
       }
     }
+  }
+}
+
+// The same of a token that needs no padding, by a few instructions, as all addresses but one are
+// constants.
+template <class Config, class Element>
+__device__ __forceinline__ void copy_whole_tile(Element* shared, const Element* token,
+                                                WarpTile<Config> tile, int depth, bool exists) {
+  constexpr int lanes = Config::row_lanes, row_step = 32 / lanes;
+  static_assert(lanes * 8 >= Config::warp_cols);
+  const int lane = threadIdx.x % 32, row = tile.row + lane / lanes, col = lane % lanes * 8;
+  const Element* const from = token + row * Config::cols + tile.col + col;
+  Element* const to = shared + row * Config::pitch + tile.col + col;
+#pragma unroll
+  for (int i = 0; i < warp_rows; i += row_step) {
+    cp_async_if(exists && col < Config::warp_cols && tile.row + i / 16 * 16 < depth,
+                to + i * Config::pitch, from + i * Config::cols);
   }
 }
 
@@ -248,7 +340,18 @@ class SharedW {
   int first_step_;
 };
 
-// accumulators += a @ b for 16 values of k; `b` is at this lane's offset.
+// accumulators[..][col / 2 ..] += a @ b for 16 values of k and 16 columns.
+template <class Config>
+__device__ __forceinline__ void multiply(Accumulators<Config>& accumulators, const AFragments& a,
+                                         const uint32_t (&b)[4], int col) {
+#pragma unroll
+  for (int tile = 0; tile < row_tiles; ++tile) {
+    mma<typename Config::Element>(&accumulators[tile][col / 2], a[tile], b);
+    mma<typename Config::Element>(&accumulators[tile][col / 2 + 4], a[tile], b + 2);
+  }
+}
+
+// The same for all columns; `b` is at this lane's offset.
 template <class Config>
 __device__ __forceinline__ void multiply(Accumulators<Config>& accumulators, const AFragments& a,
                                          const typename Config::Element* b) {
@@ -256,11 +359,7 @@ __device__ __forceinline__ void multiply(Accumulators<Config>& accumulators, con
   for (int col = 0; col < Config::warp_cols; col += 16) {
     uint32_t fragments[4];
     ldmatrix_transposed(fragments, b + col);
-#pragma unroll
-    for (int tile = 0; tile < row_tiles; ++tile) {
-      mma<typename Config::Element>(&accumulators[tile][col / 2], a[tile], fragments);
-      mma<typename Config::Element>(&accumulators[tile][col / 2 + 4], a[tile], fragments + 2);
-    }
+    multiply<Config>(accumulators, a, fragments, col);
   }
 }
 
@@ -278,6 +377,45 @@ __device__ __forceinline__ void product(Accumulators<Config>& d, int depth, Load
   step(0);
 #pragma unroll 1
   for (int k = 16; k < depth; k += 16) step(k);
+}
+
+// The same; loads each step's fragments during the one before.
+template <class Config, class LoadA>
+__device__ __forceinline__ void product_loading_ahead(Accumulators<Config>& d, int depth,
+                                                      LoadA load_a,
+                                                      const typename Config::Element* b) {
+  AFragments a;
+  uint32_t fragments[Config::warp_cols / 16][4];
+  load_a(a, 0);
+#pragma unroll
+  for (int col = 0; col < Config::warp_cols; col += 16) {
+    ldmatrix_transposed(fragments[col / 16], b + col);
+  }
+  const auto step = [&](int next, auto has_next) {
+    AFragments next_a;
+    if constexpr (has_next()) load_a(next_a, next);
+#pragma unroll
+    for (int col = 0; col < Config::warp_cols; col += 16) {
+      multiply<Config>(d, a, fragments[col / 16], col);
+      if constexpr (has_next()) {
+        ldmatrix_transposed(fragments[col / 16], b + next * Config::pitch + col);
+      }
+    }
+    if constexpr (has_next()) {
+#pragma unroll
+      for (int i = 0; i < 4 * row_tiles; ++i) a[i / 4][i % 4] = next_a[i / 4][i % 4];
+    }
+  };
+  clear<Config>(d);
+  if (depth == 16) {
+    step(0, std::false_type());
+    return;
+  }
+  step(16, std::true_type());
+  // Where registers are left, twice as much code spares copies of the fragments.
+#pragma unroll Config::shares_w ? 2 : 1
+  for (int next = 32; next < depth; next += 16) step(next, std::true_type());
+  step(0, std::false_type());
 }
 
 // y = W @ right, with W in this warp's registers. Calls in_between() where least is held in them.
@@ -324,6 +462,13 @@ __device__ void exact_transform(Accumulators<Config>& y, const Problem& problem,
   }
 }
 
+// To be called by all threads, before a block barrier.
+__device__ __forceinline__ void clear_extremes(unsigned char* memory, const Plan& plan) {
+  if (threadIdx.x < plan.tokens_offset / 16) {
+    reinterpret_cast<uint4*>(memory)[threadIdx.x] = make_uint4(0, 0, 0, 0);
+  }
+}
+
 // The warps that work on one token.
 struct Group {
   int index;  // in the block
@@ -332,7 +477,7 @@ struct Group {
 
   __device__ explicit Group(int group_warps)
       : index(warp_uniform(threadIdx.x / 32 / group_warps)),
-        warps(group_warps),
+        warps(opaque(group_warps)),  // or it would be loaded before each barrier
         warp(warp_uniform(threadIdx.x / 32 - index * group_warps)) {}
 
   __device__ void sync() const {
@@ -353,18 +498,29 @@ __device__ __forceinline__ Reduced reduce_tiles(const Accumulators<Config>& y) {
 }
 
 // Of all values of the group. `all` has a place for each of its warps, which may be used again
-// after the group's next barrier.
+// after the group's next barrier, and zeros up to a multiple of four.
 template <class Reduced>
 __device__ __forceinline__ Reduced reduce_group(Reduced own, Reduced* all, const Group& group) {
-  const int lane = threadIdx.x % 32;
   Reduced result = warp_reduce(own);
   if (group.warps == 1) {
     __syncwarp();
     return result;
   }
-  if (lane == 0) all[group.warp] = result;
+  if (threadIdx.x % 32 == 0) all[group.warp] = result;
   group.sync();
-  return warp_reduce(all[lane < group.warps ? lane : 0]);
+  struct alignas(16) Vector {
+    Reduced values[16 / sizeof(Reduced)];
+  };
+  const auto* vector = reinterpret_cast<const Vector*>(all);
+  int warps = 0;
+#pragma unroll 1
+  do {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(Reduced)) / 4; ++i, ++vector) {
+      for (const Reduced& value : vector->values) result.include(value);
+    }
+  } while ((warps += 4) < group.warps);
+  return result;
 }
 
 template <class Reduced>
@@ -374,7 +530,7 @@ __device__ __forceinline__ bool is_finite(const Reduced& reduced) {
 
 // Calls use(store) with what stores codes of a warp's tile, of the problem's storage. `scratch` is
 // that of the warps of the same rows.
-template <class Config, Outputs outputs, class Use>
+template <class Config, Outputs outputs, bool is_whole, class Use>
 __device__ __forceinline__ void with_store(const Accumulators<Config>& y, const Problem& problem,
                                            int64_t token, WarpTile<Config> tile,
                                            unsigned char* scratch, const Group& group, Use use) {
@@ -383,9 +539,12 @@ __device__ __forceinline__ void with_store(const Accumulators<Config>& y, const 
                 "all parts store vectors of words");
   const auto for_tiles = [&](auto store_tile) {
 #pragma unroll
-    for (int i = 0; i < row_tiles; ++i) store_tile(y[i], thread_rows(tile, i));
+    for (int i = 0; i < row_tiles; ++i) {
+      if (is_whole && tile.row + 16 * i >= problem.rows) break;
+      store_tile(y[i], thread_rows(tile, i));
+    }
   };
-  if (problem.cols % 8 != 0) {
+  if (!is_whole && problem.cols % 8 != 0) {
     const int thread = tile.col / cols * 32 + static_cast<int>(threadIdx.x % 32);
     const auto sync = [&] {
       if (Config::parts == 1) {
@@ -406,21 +565,24 @@ __device__ __forceinline__ void with_store(const Accumulators<Config>& y, const 
   with_storage(problem, [&](auto storage) {
     use([&, token = opaque(token)](void* codes, const TokenScale& scale, auto clamp) {
       for_tiles([&](const auto& values, ThreadRows rows) {
-        store_codes<cols, outputs, storage(), clamp()>(values, scale, problem, codes, token, rows);
+        store_codes<cols, outputs, storage(), clamp(), is_whole>(values, scale, problem, codes,
+                                                                 token, rows);
       });
     });
   });
 }
 
 // All that is stored of a warp's tile; `ratios` of lane_output().
-template <class Config, Outputs outputs>
+template <class Config, Outputs outputs, bool is_whole>
 __device__ __forceinline__ void store(const Accumulators<Config>& y,
                                       const Reduced<outputs>& reduced, const Ratios& ratios,
                                       const Problem& problem, int64_t token, WarpTile<Config> tile,
                                       unsigned char* scratch, const Group& group) {
   store_token<outputs, false>(
       problem, token, reduced, ratios, tile.row == 0 && tile.col == 0,
-      [&](auto use) { with_store<Config, outputs>(y, problem, token, tile, scratch, group, use); },
+      [&](auto use) {
+        with_store<Config, outputs, is_whole>(y, problem, token, tile, scratch, group, use);
+      },
       [&] {
 #pragma unroll
         for (int i = 0; i < row_tiles; ++i) {
@@ -431,8 +593,26 @@ __device__ __forceinline__ void store(const Accumulators<Config>& y,
 
 // --- kernels ---
 
-template <class Config, Outputs outputs>
-__global__ void __launch_bounds__(Config::max_threads, 1)
+// How a block's groups deal out the tokens, see TokenSource.
+struct Deal {
+  const Plan& plan;
+
+  __device__ uint32_t step() const { return plan.groups * gridDim.x; }
+  __device__ uint32_t held() const { return (plan.stages + 1) * step(); }
+};
+
+// Whether a problem's tokens fill all columns and whole tiles of rows and are copied by 16 bytes.
+template <class Config>
+bool needs_no_padding(const Problem& problem, const Plan& plan) {
+  return problem.cols == Config::cols && problem.rows % 16 == 0 &&
+         copy_unit(problem.input, problem.cols, problem.input_stride) == 16 &&
+         plan.threads() <= Config::max_whole_threads;
+}
+
+// With `is_whole` for such problems only: then little code is left, and next to none that jumps,
+// which costs as much as dozens of instructions.
+template <class Config, Outputs outputs, bool is_whole>
+__global__ void __launch_bounds__(is_whole ? Config::max_whole_threads : Config::max_threads, 1)
     resident_kernel(const __grid_constant__ Problem problem, const __grid_constant__ Plan plan) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   using Element = typename Config::Element;
@@ -444,90 +624,123 @@ __global__ void __launch_bounds__(Config::max_threads, 1)
   unsigned char* const ring =
       memory + plan.ring_offset + group.index * plan.stages * plan.stage_bytes;
   using Reduced = flatquant::Reduced<outputs>;
-  Reduced* const all = reinterpret_cast<Reduced*>(memory) + group.index * plan.warps;
+  Reduced* const all = reinterpret_cast<Reduced*>(memory) + group.index * plan.extremes_size();
   const int row_block = (group.index * plan.pass_rows + tile.row) / warp_rows;
-  unsigned char* const scratch = memory + Plan::scratch_offset + row_block * plan.scratch_bytes;
+  unsigned char* const scratch = memory + plan.scratch_offset + row_block * plan.scratch_bytes;
 
   const int depth = round_up(problem.rows, 16);
   const auto* input = static_cast<const Element*>(problem.input);
-  const int unit = copy_unit(input, problem.cols, problem.input_stride);
+  const auto x_of = [&](int stage) {
+    return reinterpret_cast<Element*>(ring + stage * plan.stage_bytes);
+  };
   // Starts the copy of a token, if there is one; a group of copies in any case, to be counted.
-  const auto load = [&](unsigned char* stage, int64_t token) {
-    if (token < problem.tokens) {
+  const auto load = [&](int stage, uint32_t token) {
+    const bool exists = token < problem.tokens;
+    const Element* const from = input + token * problem.input_stride;
+    if constexpr (is_whole) {
+      copy_whole_tile<Config>(x_of(stage), from, tile, depth, exists);
+    } else if (exists) {
+      const int unit = copy_unit(input, problem.cols, problem.input_stride);
       with_unit<16>(unit, [&](auto fixed_unit) {
-        copy_tile<Config, fixed_unit()>(reinterpret_cast<Element*>(stage),
-                                        input + token * problem.input_stride, problem, tile, depth);
+        copy_tile<Config, fixed_unit()>(x_of(stage), from, problem, tile, depth);
       });
     }
     cp_async_commit();
   };
 
-  // The factors are in the group of copies of the first token.
+  // Neighbouring tokens go to different blocks, so that few tokens use many SMs.
+  const Deal deal{plan};
+  const uint32_t first = blockIdx.x + group.index * gridDim.x;
+  uint32_t* const tokens =  // which one each stage holds
+      reinterpret_cast<uint32_t*>(memory + plan.tokens_offset) + group.index * max_stages;
+  const bool is_leader = group.warp == 0 && threadIdx.x % 32 == 0;
+  RightFactor<Config> right_factor(problem);
+  load(0, first);
+  clear_extremes(memory, plan);
   copy_left(copy_unit(problem.left, problem.rows, 0), left, plan.left_pitch, problem, 0, 0,
             {depth, plan.pass_rows}, block_team());
-  if (problem.right != nullptr) {
-    with_unit<4>(copy_unit(problem.right, problem.cols, 2), [&](auto fixed_unit) {
-      copy_matrix<fixed_unit()>(right, Config::pitch, static_cast<const Element*>(problem.right),
-                                problem.cols, {problem.cols, problem.cols},
-                                {Config::cols, Config::cols}, block_team(),
-                                Ordered<Config::warp_cols>());
-    });
+  right_factor.store_all(right);
+  cp_async_commit();
+  if (is_leader) {
+    for (int i = 0; i < plan.stages; ++i) tokens[i] = first + i * deal.step();
   }
-  // Neighbouring tokens go to different blocks, so that few tokens use many SMs.
-  int64_t token = blockIdx.x + static_cast<int64_t>(group.index) * gridDim.x;
-  const int64_t step = static_cast<int64_t>(plan.groups) * gridDim.x;
-  for (int i = 0; i < plan.stages; ++i) load(ring + i * plan.stage_bytes, token + i * step);
-  cp_async_wait(plan.stages - 1);
+  TokenSource source(problem, problem.counter, first + plan.stages * deal.step(), deal);
+  cp_async_wait(0);
   __syncthreads();
 
   // Opaque, as the compiler would compute them again for each token.
   const int a = opaque(tile.row + a_offset(plan.left_pitch));
   const int b = opaque(tile.col + b_offset(Config::pitch));
   const Ratios ratios(lane_output(problem));
-  unsigned char* stage = ring;
-  for (; token < problem.tokens; token += step) {
+  // An only stage is filled again as early as possible; with more of them, or if it takes W, that
+  // waits for the barrier of the extremes.
+  const bool refills_early = plan.stages == 1 && !Config::shares_w;
+  bool is_filled = plan.stages == 1;
+  int stage = 0;
+  uint32_t token = first;
+  while (token < problem.tokens) {
     cp_async_wait(plan.stages - 1);
     group.sync();
-    const int64_t next = token + plan.stages * step;
+    // Which token the stage is filled with next, to be known past the barrier that this waits for.
+    const auto draw = [&] {
+      if (is_leader) source.take(&tokens[stage]);
+    };
+    if constexpr (Config::shares_w) draw();
     Accumulators<Config> w, y;
-    product<Config>(
+    const auto multiply_all = [&](Accumulators<Config>& d, int depth, auto load_a,
+                                  const Element* from) {
+      if constexpr (Config::loads_ahead(is_whole)) {
+        product_loading_ahead<Config>(d, depth, load_a, from);
+      } else {
+        product<Config>(d, depth, load_a, from);
+      }
+    };
+    multiply_all(
         w, depth,
         [&](AFragments& fragments, int k) { load_left(fragments, left + a + k * plan.left_pitch); },
-        reinterpret_cast<const Element*>(stage) + b);
-    // An only stage is filled again as early as possible; with more of them, or if it takes W, that
-    // waits for the barrier of the extremes.
-    const bool refills_early = plan.stages == 1 && !Config::shares_w;
+        x_of(stage) + b);
+    // Behind the factors and the first tokens, which would have to share the memory with these.
+    if (!is_filled) {
+      is_filled = true;
+      for (int i = 1; i < plan.stages; ++i) load(i, tokens[i]);
+    }
     const auto refill_early = [&] {
       if (!refills_early) return;
+      draw();
       group.sync();
-      load(stage, next);
+      load(stage, tokens[stage]);
     };
     if constexpr (outputs == Outputs::left_only) {
       copy<Config>(y, w);
       refill_early();
     } else if constexpr (Config::shares_w) {
-      const SharedW<Config> shared_w(stage, tile, 0);
+      const SharedW<Config> shared_w(x_of(stage), tile, 0);
       group.sync();  // X has been read
       shared_w.store(w);
       group.sync();
-      product<Config>(
+      multiply_all(
           y, Config::cols, [&](AFragments& fragments, int k) { shared_w.load(fragments, k); },
           right + b);
     } else {
       product_of_registers<Config>(y, w, refill_early, right + b);
     }
+    // Here, as the compiler would mix the reduction with the product's last instructions: with the
+    // accumulators of 128 columns that takes a tenth longer.
+    if (!Config::shares_w && !refills_early) draw();
     Reduced reduced = reduce_group(reduce_tiles<Config, Reduced>(y), all, group);
+    const uint32_t refill_token = tokens[stage];
     if (!refills_early) {
-      load(stage, next);
-      stage += plan.stage_bytes;
-      if (stage == ring + plan.stages * plan.stage_bytes) stage = ring;
+      load(stage, refill_token);
+      stage = stage + 1 < plan.stages ? stage + 1 : 0;
     }
-    if (!is_finite(reduced)) {
+    const uint32_t next = tokens[stage];
+    if (__builtin_expect(!is_finite(reduced), false)) {
       exact_transform<Config, outputs>(y, problem, token, tile);
       group.sync();
       reduced = reduce_group(reduce_tiles<Config, Reduced>(y), all, group);
     }
-    store<Config, outputs>(y, reduced, ratios, problem, token, tile, scratch, group);
+    store<Config, outputs, is_whole>(y, reduced, ratios, problem, token, tile, scratch, group);
+    token = warp_uniform(next);
   }
 #endif
 }
@@ -672,7 +885,8 @@ __global__ void __launch_bounds__(Config::max_threads, 1)
   auto* const all = reinterpret_cast<Reduced*>(memory);
   const Group group(plan.warps);
   const int row_block = group.warp / Config::parts;
-  unsigned char* const scratch = memory + Plan::scratch_offset + row_block * plan.scratch_bytes;
+  unsigned char* const scratch = memory + plan.scratch_offset + row_block * plan.scratch_bytes;
+  clear_extremes(memory, plan);
   SliceRing<Config> ring(problem, plan, memory + plan.ring_offset);
   Accumulators<Config> y;
   const auto tile_of = [&](int pass) {
@@ -707,7 +921,8 @@ __global__ void __launch_bounds__(Config::max_threads, 1)
         transform(pass);
         if (is_exact) exact_transform<Config, outputs>(y, problem, token, tile_of(pass));
       }
-      store<Config, outputs>(y, reduced, ratios, problem, token, tile_of(pass), scratch, group);
+      store<Config, outputs, false>(y, reduced, ratios, problem, token, tile_of(pass), scratch,
+                                    group);
     }
   }
 #endif
@@ -715,10 +930,14 @@ __global__ void __launch_bounds__(Config::max_threads, 1)
 
 // Calls use(kernel) with the instantiation that serves the problem.
 template <class Config, class Use>
-void with_kernel(const Problem& problem, Use use) {
+void with_kernel(const Problem& problem, const Plan& plan, Use use) {
   with_outputs(problem, [&](auto outputs) {
-    if constexpr (!Config::streamed) {
-      use(resident_kernel<Config, outputs()>);
+    if constexpr (!Config::streamed && outputs() == Outputs::simple) {
+      use(needs_no_padding<Config>(problem, plan)
+              ? resident_kernel<Config, Outputs::simple, true>
+              : resident_kernel<Config, Outputs::simple, false>);
+    } else if constexpr (!Config::streamed) {
+      use(resident_kernel<Config, outputs(), false>);
     } else if constexpr (outputs() == Outputs::left_only) {
       use(streamed_kernel<Config, Outputs::left_only>);
     } else {

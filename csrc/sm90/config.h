@@ -138,10 +138,6 @@ struct Panel {
   }
 };
 
-// From here on a launch, but of clusters, wants Problem::counter, to share the last tokens out as
-// SMs get to them.
-constexpr int64_t min_tokens_to_share = 2048;
-
 // Registers of a thread where `warpgroups` of them share an SM; 255 is what one can name.
 constexpr int registers(int warpgroups) {
   const int share = 512 / warpgroups / 8 * 8;

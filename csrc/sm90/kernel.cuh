@@ -39,6 +39,7 @@
 #include "sm90/config.h"
 #include "sm90/hopper.cuh"
 #include "sm90/transposed.cuh"
+#include "token_source.cuh"
 
 namespace flatquant::sm90 {
 
@@ -96,48 +97,12 @@ __device__ __forceinline__ uint32_t token_step() {
   return Config::groups * (gridDim.x / Config::blocks);
 }
 
-// Hands out the tokens that a group's stages are filled with again, in the thread that does so:
-// first those of a fixed share, dealt out in turn; then, as some SMs get less of the memory's
-// bandwidth than others, what is first come, first served. The counter for that is scratch of any
-// content, which block 0 sets to the first of these long before it is needed. Were another block to
-// draw before that, it would work on a token twice, to the same bits, or leave early; block 0
-// itself, which draws only after it has met a block barrier, does not rest until the last token is
-// handed out.
+// How they are dealt out in turn, see TokenSource.
 template <class Config>
-class TokenSource {
- public:
-  // `next` is the token after those that the stages get at first.
-  __device__ TokenSource(const Problem& problem, uint32_t next)
-      : tokens_(static_cast<uint32_t>(problem.tokens)), counter_(problem.counter), position_(next) {
-    // The fixed share is more than the stages hold and the next draws take before that barrier.
-    const bool shares = Config::blocks == 1 && counter_ != nullptr &&
-                        tokens_ >= 2 * (Config::stages + Config::groups) * gridDim.x;
-    fixed_ = shares ? tokens_ - tokens_ / 4 : tokens_;
-    if (shares && blockIdx.x == 0 && threadIdx.x == 0) atomicExch(counter_, fixed_);
-    next_ = draw();
-  }
-
-  // The next token; from some call on, one past the last. The one after it is drawn ahead, as that
-  // takes as long as a load.
-  __device__ uint32_t take() {
-    const uint32_t token = next_;
-    if (token < tokens_) next_ = draw();
-    return token;
-  }
-
- private:
-  __device__ uint32_t draw() {
-    if (position_ >= fixed_) return fixed_ < tokens_ ? atomicAdd(counter_, 1u) : tokens_;
-    const uint32_t token = position_;
-    position_ += token_step<Config>();
-    return token;
-  }
-
-  uint32_t tokens_;
-  uint32_t* counter_;
-  uint32_t position_;
-  uint32_t fixed_;
-  uint32_t next_;
+struct Deal {
+  __device__ uint32_t step() const { return token_step<Config>(); }
+  // Of all stages, and what their groups draw before a block barrier.
+  __device__ uint32_t held() const { return (Config::stages + Config::groups) * gridDim.x; }
 };
 
 // Starts the copy of a token, if it exists, or of a slice of it into a stage. Slices are copied by
@@ -795,7 +760,7 @@ __device__ void epilogue(Accumulators<Config>& y, const Problem& problem,
 
 template <class Config, Outputs outputs>
 __device__ void work(const CUtensorMap& input_map, const Problem& problem,
-                     const SharedMemory<Config>& shared, TokenSource<Config>& source,
+                     const SharedMemory<Config>& shared, TokenSource<Deal<Config>>& source,
                      int factor_exponents) {
   const int warpgroup = warp_uniform(threadIdx.x / 128);
   const int group = warpgroup / Config::group_warpgroups;
@@ -917,7 +882,7 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
   uint32_t refill_token = 0;
   const auto take = [&] {
     if constexpr (takes_ahead) {
-      if (threadIdx.x % Config::group_threads == 0) refill_token = source.take();
+      if (threadIdx.x % Config::group_threads == 0) source.take(&refill_token);
       refill_token = warp_uniform(refill_token);
     }
   };
@@ -931,7 +896,8 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
       if constexpr (Config::slices > 1) {
         fill_first_slices(input_map, problem, shared, used + 1, token + token_step<Config>());
       } else if (threadIdx.x % Config::group_threads == 0) {
-        fill(input_map, problem, shared, used, takes_ahead ? refill_token : source.take());
+        if constexpr (!takes_ahead) source.take(&refill_token);
+        fill(input_map, problem, shared, used, refill_token);
       }
     };
     // Once the first product has read the stage.
@@ -1041,7 +1007,8 @@ __global__ void __launch_bounds__(Config::threads, 1)
     right.load(problem);
     start_staging_left(problem, shared);
   }
-  TokenSource<Config> source(problem, first + Config::stages / Config::groups * step);
+  TokenSource source(problem, Config::blocks == 1 ? problem.counter : nullptr,
+                     first + Config::stages / Config::groups * step, Deal<Config>());
   if constexpr (!Config::is_float32) right.store(problem, shared);
   if (Config::slices == 1 && group_thread == 32) {
     uint32_t token = first;

@@ -25,7 +25,7 @@ void launch_if(const Problem& problem, const Plan& plan, unsigned blocks, uint64
   using Class = Config<Element, cols, streamed>;
   if (plan.threads() > Class::max_threads) emulator::fail("%d threads", plan.threads());
   emulator::attach_sm80();
-  with_kernel<Class>(problem, [&](auto kernel) {
+  with_kernel<Class>(problem, plan, [&](auto kernel) {
     emulator::machine().launch(dim3(blocks), dim3(plan.threads()), plan.shared_bytes, seed,
                                [&] { kernel(problem, plan); });
   });

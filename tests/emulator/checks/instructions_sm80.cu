@@ -13,6 +13,7 @@ extern "C" __global__ void copy(const void* global, int inside) {
   cp_async<16>(shared, global, inside);
   cp_async<8>(shared, global, inside);
   cp_async<4>(shared, global, inside);
+  cp_async_if(inside, shared, global);
   cp_async_commit();
   cp_async_wait(3);
   cp_async_wait(0);

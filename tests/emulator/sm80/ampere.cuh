@@ -17,6 +17,9 @@ template <int bytes>
 void cp_async(void* shared, const void* global, bool inside) {
   emulator::async_copies().issue(shared, global, bytes, inside);
 }
+inline void cp_async_if(bool condition, void* shared, const void* global) {
+  if (condition) emulator::async_copies().issue(shared, global, 16, true);
+}
 inline void cp_async_commit() { emulator::async_copies().commit(); }
 inline void cp_async_wait(int pending) { emulator::async_copies().wait(std::min(pending, 7)); }
 

@@ -1,0 +1,69 @@
+// Which token a group of warps computes next, in kernels whose blocks stay for many of them.
+#pragma once
+
+#include <cstdint>
+
+#include "problem.h"
+
+namespace flatquant {
+
+// The number before the addition of one. As an instruction of its own: the compiler would make
+// atomicAdd() one of the warp's, and wait for what it brings.
+__device__ __forceinline__ uint32_t fetch_and_increment(uint32_t* number) {
+#if defined(__CUDA_ARCH__)
+  uint32_t before;
+  asm volatile("atom.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(number) : "memory");
+  return before;
+#else
+  return atomicAdd(number, 1u);
+#endif
+}
+
+// Hands out the tokens that a group's stages are filled with again, in the thread that does so:
+// first those of a fixed share, dealt out in turn; then, as some SMs are slower than others, what
+// is first come, first served. The counter for that is scratch of any content, which block 0 sets
+// to the first of these long before it is needed. Were another block to draw before that, it would
+// work on a token twice, to the same bits, or leave early; block 0 itself, which draws only after
+// it has met a block barrier, does not rest until the last token is handed out.
+// Deal has step(), from a group's token to its next one of the fixed share, and held(), how many
+// tokens all groups take before that barrier, which the fixed share exceeds.
+template <class Deal>
+class TokenSource {
+ public:
+  // `next` is the token after those that the stages get at first. Without a counter all tokens are
+  // dealt out in turn.
+  __device__ TokenSource(const Problem& problem, uint32_t* counter, uint32_t next, Deal deal)
+      : tokens_(static_cast<uint32_t>(problem.tokens)),
+        counter_(counter),
+        position_(next),
+        deal_(deal) {
+    const bool shares = counter_ != nullptr && tokens_ >= 2 * deal_.held();
+    fixed_ = shares ? tokens_ - tokens_ / 4 : tokens_;
+    if (shares && blockIdx.x == 0 && threadIdx.x == 0) atomicExch(counter_, fixed_);
+    next_ = draw();
+  }
+
+  // The next token to *taken; from some call on, one past the last. The one after it is drawn
+  // ahead, as that takes as long as a load.
+  __device__ void take(uint32_t* taken) {
+    *taken = next_;  // first: else the compiler would copy what is drawn, and wait for it
+    if (next_ < tokens_) next_ = draw();
+  }
+
+ private:
+  __device__ uint32_t draw() {
+    if (position_ >= fixed_) return fixed_ < tokens_ ? fetch_and_increment(counter_) : tokens_;
+    const uint32_t token = position_;
+    position_ += deal_.step();
+    return token;
+  }
+
+  uint32_t tokens_;
+  uint32_t* counter_;
+  uint32_t position_;
+  uint32_t fixed_;
+  uint32_t next_;
+  Deal deal_;
+};
+
+}  // namespace flatquant
