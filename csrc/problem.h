@@ -27,8 +27,12 @@ struct Output {
 
 constexpr int max_outputs = 8;
 
-// From here on a launch wants Problem::counter, to share the last tokens out as SMs get to them.
-constexpr int64_t min_tokens_to_share = 2048;
+// Whether a launch wants Problem::counter, to share the last tokens out as SMs get to them. All
+// draw from one word, which hands out about one number a nanosecond: small tokens would wait for
+// it.
+constexpr bool shares_tokens(int64_t tokens, int features) {
+  return tokens >= 2048 && features >= 2048;
+}
 
 // Y = left^T @ X @ right for each token X (rows x cols). A null factor is the identity. Where one
 // is missing, a kernel may take the rows for others, see sm90::regrouped().

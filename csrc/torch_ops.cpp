@@ -150,11 +150,12 @@ int64_t token_stride(const Tensor& input) {
   return stride;
 }
 
-// Memory for the scales and, for batches that want one, Problem::counter. It lies behind the
+// Memory for the scales and, for launches that want one, Problem::counter. It lies behind the
 // scales, so that only the results are allocated.
 std::pair<Tensor, uint32_t*> empty_scales(const Tensor& input, const std::vector<int64_t>& sizes,
-                                          int64_t tokens) {
-  if (tokens < min_tokens_to_share) {
+                                          const Problem& problem) {
+  const int64_t tokens = problem.tokens;
+  if (!shares_tokens(tokens, problem.rows * problem.cols)) {
     return {torch::stable::new_empty(input, sizes, ScalarType::Float), nullptr};
   }
   const std::vector<int64_t> with_counter{tokens + 1};
@@ -248,7 +249,7 @@ std::pair<Tensor, Tensor> add_output(Problem& problem, const Tensor& input) {
   std::vector<int64_t> sizes(input_sizes.begin(), input_sizes.end() - 1);
   Tensor scales;
   if (problem.output_count == 0) {
-    std::tie(scales, problem.counter) = empty_scales(input, sizes, problem.tokens);
+    std::tie(scales, problem.counter) = empty_scales(input, sizes, problem);
   } else {
     scales = torch::stable::new_empty(input, sizes, ScalarType::Float);
   }

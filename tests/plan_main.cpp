@@ -54,11 +54,13 @@ int check_sm80() {
         const bool holds_w = !shares_w(plan.cols, plan.streamed) ||
                              (plan.streamed ? plan.w_offset + w_bytes <= plan.ring_offset
                                             : w_bytes <= plan.stage_bytes);
-        // Extremes are cleared by a thread for each 16 bytes; stages' tokens lie behind them.
+        // Extremes are cleared by a thread for each 16 bytes; stages' tokens lie before them.
         const int tokens_bytes = plan.streamed ? 0 : plan.groups * max_stages * 4;
-        const bool has_first = plan.groups * plan.extremes_size() * 8 <= plan.tokens_offset &&
-                               plan.tokens_offset / 16 <= plan.threads() &&
-                               plan.tokens_offset + tokens_bytes <= plan.scratch_offset &&
+        const int extremes_bytes = plan.groups * plan.extremes_size() * 8;
+        const bool has_first = tokens_bytes <= plan.extremes_offset &&
+                               plan.extremes_offset % 16 == 0 &&
+                               extremes_bytes / 16 <= plan.threads() &&
+                               plan.extremes_offset + extremes_bytes <= plan.scratch_offset &&
                                plan.scratch_offset % 16 == 0;
         if (!fits || !covers || !has_barriers || !holds_w || !has_first) {
           std::printf("%d x %d with %d KiB: fits %d, covers %d, barriers %d, W %d, first %d\n",

@@ -46,10 +46,10 @@ constexpr int pitch(int cols) { return cols + 8; }
 
 constexpr int max_stages = 4;
 
-// How a problem runs on a device. Offsets and bytes are of shared memory, in this order: extremes
-// for each warp, then for the resident kernel which token each stage holds, scratch for each 32
-// rows, and for it again left, right and the ring of stages, one token each; for the streamed one W
-// and the ring of slices.
+// How a problem runs on a device. Offsets and bytes are of shared memory, in this order: for the
+// resident kernel which token each stage holds, extremes for each warp, scratch for each 32 rows,
+// then for the resident kernel left, right and the ring of stages, one token each; for the streamed
+// one W and the ring of slices.
 struct Plan {
   int cols;  // of the kernel
   bool streamed;
@@ -60,7 +60,7 @@ struct Plan {
   int pass_rows;   // what a pass computes of W and Y
   int left_pitch;
   int scratch_bytes;  // of 32 rows
-  int tokens_offset = 0, scratch_offset = 0;
+  int extremes_offset = 0, scratch_offset = 0;
   int left_offset = 0, right_offset = 0, w_offset = 0;
   int slice_rows = 0;  // of a streamed factor or token
   int ring_offset = 0, stage_bytes = 0;
@@ -107,8 +107,8 @@ struct Plan {
 
   // Sets the offsets of what comes first; returns where it ends.
   constexpr int place_first() {
-    tokens_offset = groups * extremes_size() * 8;
-    scratch_offset = tokens_offset + (streamed ? 0 : round_up(groups * max_stages * 4, 16));
+    extremes_offset = streamed ? 0 : groups * max_stages * 4;
+    scratch_offset = extremes_offset + groups * extremes_size() * 8;
     return scratch_offset + groups * (pass_rows / warp_rows) * scratch_bytes;
   }
 

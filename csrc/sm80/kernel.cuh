@@ -122,77 +122,42 @@ __device__ __forceinline__ void copy_left(int unit, Element* shared, int pitch,
   }
 }
 
-// The right factor on its way to shared memory, in the order of its columns and padded with zeros:
-// in registers by eight columns, as pairs of them part and cp.async would bring but 4 bytes at a
-// time. What is loaded first arrives while the block does other things.
-template <class Config>
-class RightFactor {
- public:
-  using Element = typename Config::Element;
-
-  __device__ explicit RightFactor(const Problem& problem)
-      : right_(static_cast<const Element*>(problem.right)),
-        size_(problem.cols),
-        has_octets_(right_ != nullptr && copy_unit(right_, size_, 0) == 16) {
-    if (has_octets_) load(team_.thread);
+// The right factor, in the order of its columns, padded with zeros: in registers by eight columns,
+// as pairs of them part and cp.async would bring but 4 bytes at a time.
+template <class Config, class Element>
+__device__ __forceinline__ void copy_right(Element* shared, const Problem& problem) {
+  const auto* right = static_cast<const Element*>(problem.right);
+  const int size = problem.cols;
+  const Team team = block_team();
+  const Ordered<Config::warp_cols> position;
+  if (copy_unit(right, size, 0) != 16) {
+    with_unit<4>(copy_unit(right, size, 2), [&](auto unit) {
+      copy_matrix<unit()>(shared, Config::pitch, right, size, {size, size},
+                          {Config::cols, Config::cols}, team, position);
+    });
+    return;
   }
-
-  __device__ __forceinline__ void store_all(Element* shared) {
-    if (has_octets_) {
-      int first = team_.thread;
-      store(shared, first);
+  constexpr int octets = Config::cols / 8, batch = Config::cols > 128 ? 16 : 8;
 #pragma unroll 1
-      while ((first += batch * team_.threads) < octets * Config::cols) {
-        load(first);
-        store(shared, first);
-      }
-    } else if (right_ != nullptr) {
-      with_unit<4>(copy_unit(right_, size_, 2), [&](auto unit) {
-        copy_matrix<unit()>(shared, Config::pitch, right_, size_, {size_, size_},
-                            {Config::cols, Config::cols}, team_, Position());
-      });
-    }
-  }
-
- private:
-  using Position = Ordered<Config::warp_cols>;
-  static constexpr int octets = Config::cols / 8;  // of a row
-  static constexpr int batch = Config::cols > 128 ? 16 : 8;
-
-  // Blocks begin in different rows: were all to read the same one, they would wait for each other.
-  __device__ int row_of(int octet) const {
-    const int row = octet / octets + static_cast<int>(blockIdx.x % Config::cols);
-    return row < Config::cols ? row : row - Config::cols;
-  }
-  __device__ __forceinline__ void load(int first) {
+  for (int first = team.thread; first < octets * Config::cols; first += batch * team.threads) {
+    Elements<Element, 8> elements[batch] = {};
 #pragma unroll
     for (int i = 0; i < batch; ++i) {
-      const int octet = first + i * team_.threads, row = row_of(octet), col = octet % octets * 8;
-      elements_[i] = {};
-      if (octet < octets * Config::cols && row < size_ && col < size_) {
-        elements_[i] = flatquant::load<8>(right_ + row * size_ + col);
-      }
+      const int octet = first + i * team.threads, row = octet / octets, col = octet % octets * 8;
+      if (row < size && col < size) elements[i] = flatquant::load<8>(right + row * size + col);
     }
-  }
-  __device__ __forceinline__ void store(Element* shared, int first) const {
 #pragma unroll
     for (int i = 0; i < batch; ++i) {
-      const int octet = first + i * team_.threads, row = row_of(octet), col = octet % octets * 8;
-      if (octet >= octets * Config::cols) break;
+      const int octet = first + i * team.threads, row = octet / octets, col = octet % octets * 8;
+      if (row >= Config::cols) break;
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
-        *reinterpret_cast<uint32_t*>(shared + row * Config::pitch + Position()(col + 2 * pair)) =
-            elements_[i].words[pair];
+        *reinterpret_cast<uint32_t*>(shared + row * Config::pitch + position(col + 2 * pair)) =
+            elements[i].words[pair];
       }
     }
   }
-
-  const Element* const right_;
-  const int size_;
-  const bool has_octets_;
-  const Team team_ = block_team();
-  Elements<Element, 8> elements_[batch];
-};
+}
 
 // What a warp computes of a token's W and Y: the first of its 32 rows and of its columns.
 template <class Config>
@@ -340,18 +305,29 @@ class SharedW {
   int first_step_;
 };
 
-// accumulators[..][col / 2 ..] += a @ b for 16 values of k and 16 columns.
+// The B fragments of 16 values of k, of 16 columns each.
 template <class Config>
+using BFragments = uint32_t[Config::warp_cols / 16][4];
+
+// accumulators += a @ b for 16 values of k. With `has_next` what has been read of b is replaced by
+// what is at `next`, at this lane's offset.
+template <class Config, bool has_next>
 __device__ __forceinline__ void multiply(Accumulators<Config>& accumulators, const AFragments& a,
-                                         const uint32_t (&b)[4], int col) {
+                                         BFragments<Config>& b,
+                                         const typename Config::Element* next) {
 #pragma unroll
-  for (int tile = 0; tile < row_tiles; ++tile) {
-    mma<typename Config::Element>(&accumulators[tile][col / 2], a[tile], b);
-    mma<typename Config::Element>(&accumulators[tile][col / 2 + 4], a[tile], b + 2);
+  for (int col = 0; col < Config::warp_cols; col += 16) {
+    uint32_t (&fragments)[4] = b[col / 16];
+#pragma unroll
+    for (int tile = 0; tile < row_tiles; ++tile) {
+      mma<typename Config::Element>(&accumulators[tile][col / 2], a[tile], fragments);
+      mma<typename Config::Element>(&accumulators[tile][col / 2 + 4], a[tile], fragments + 2);
+    }
+    if constexpr (has_next) ldmatrix_transposed(fragments, next + col);
   }
 }
 
-// The same for all columns; `b` is at this lane's offset.
+// The same, with b from shared memory.
 template <class Config>
 __device__ __forceinline__ void multiply(Accumulators<Config>& accumulators, const AFragments& a,
                                          const typename Config::Element* b) {
@@ -359,7 +335,11 @@ __device__ __forceinline__ void multiply(Accumulators<Config>& accumulators, con
   for (int col = 0; col < Config::warp_cols; col += 16) {
     uint32_t fragments[4];
     ldmatrix_transposed(fragments, b + col);
-    multiply<Config>(accumulators, a, fragments, col);
+#pragma unroll
+    for (int tile = 0; tile < row_tiles; ++tile) {
+      mma<typename Config::Element>(&accumulators[tile][col / 2], a[tile], fragments);
+      mma<typename Config::Element>(&accumulators[tile][col / 2 + 4], a[tile], fragments + 2);
+    }
   }
 }
 
@@ -379,43 +359,36 @@ __device__ __forceinline__ void product(Accumulators<Config>& d, int depth, Load
   for (int k = 16; k < depth; k += 16) step(k);
 }
 
-// The same; loads each step's fragments during the one before.
+// The same; loads each step's fragments during the one before. (Written so as it is: by other forms
+// of the same the compiler makes code that is up to 7% slower at 128 columns.)
 template <class Config, class LoadA>
 __device__ __forceinline__ void product_loading_ahead(Accumulators<Config>& d, int depth,
                                                       LoadA load_a,
                                                       const typename Config::Element* b) {
+  clear<Config>(d);
   AFragments a;
-  uint32_t fragments[Config::warp_cols / 16][4];
+  BFragments<Config> fragments;
   load_a(a, 0);
 #pragma unroll
   for (int col = 0; col < Config::warp_cols; col += 16) {
     ldmatrix_transposed(fragments[col / 16], b + col);
   }
-  const auto step = [&](int next, auto has_next) {
+  const auto step = [&](int next) {
     AFragments next_a;
-    if constexpr (has_next()) load_a(next_a, next);
+    load_a(next_a, next);
+    multiply<Config, true>(d, a, fragments, b + next * Config::pitch);
 #pragma unroll
-    for (int col = 0; col < Config::warp_cols; col += 16) {
-      multiply<Config>(d, a, fragments[col / 16], col);
-      if constexpr (has_next()) {
-        ldmatrix_transposed(fragments[col / 16], b + next * Config::pitch + col);
-      }
-    }
-    if constexpr (has_next()) {
-#pragma unroll
-      for (int i = 0; i < 4 * row_tiles; ++i) a[i / 4][i % 4] = next_a[i / 4][i % 4];
-    }
+    for (int i = 0; i < 4 * row_tiles; ++i) a[i / 4][i % 4] = next_a[i / 4][i % 4];
   };
-  clear<Config>(d);
   if (depth == 16) {
-    step(0, std::false_type());
+    multiply<Config, false>(d, a, fragments, nullptr);
     return;
   }
-  step(16, std::true_type());
+  step(16);
   // Where registers are left, twice as much code spares copies of the fragments.
 #pragma unroll Config::shares_w ? 2 : 1
-  for (int next = 32; next < depth; next += 16) step(next, std::true_type());
-  step(0, std::false_type());
+  for (int next = 32; next < depth; next += 16) step(next);
+  multiply<Config, false>(d, a, fragments, nullptr);
 }
 
 // y = W @ right, with W in this warp's registers. Calls in_between() where least is held in them.
@@ -464,8 +437,9 @@ __device__ void exact_transform(Accumulators<Config>& y, const Problem& problem,
 
 // To be called by all threads, before a block barrier.
 __device__ __forceinline__ void clear_extremes(unsigned char* memory, const Plan& plan) {
-  if (threadIdx.x < plan.tokens_offset / 16) {
-    reinterpret_cast<uint4*>(memory)[threadIdx.x] = make_uint4(0, 0, 0, 0);
+  const int bytes = plan.groups * plan.extremes_size() * 8;
+  if (threadIdx.x < bytes / 16) {
+    reinterpret_cast<uint4*>(memory + plan.extremes_offset)[threadIdx.x] = make_uint4(0, 0, 0, 0);
   }
 }
 
@@ -624,7 +598,8 @@ __global__ void __launch_bounds__(is_whole ? Config::max_whole_threads : Config:
   unsigned char* const ring =
       memory + plan.ring_offset + group.index * plan.stages * plan.stage_bytes;
   using Reduced = flatquant::Reduced<outputs>;
-  Reduced* const all = reinterpret_cast<Reduced*>(memory) + group.index * plan.extremes_size();
+  Reduced* const all = reinterpret_cast<Reduced*>(memory + plan.extremes_offset) +
+                       group.index * plan.extremes_size();
   const int row_block = (group.index * plan.pass_rows + tile.row) / warp_rows;
   unsigned char* const scratch = memory + plan.scratch_offset + row_block * plan.scratch_bytes;
 
@@ -652,14 +627,13 @@ __global__ void __launch_bounds__(is_whole ? Config::max_whole_threads : Config:
   const Deal deal{plan};
   const uint32_t first = blockIdx.x + group.index * gridDim.x;
   uint32_t* const tokens =  // which one each stage holds
-      reinterpret_cast<uint32_t*>(memory + plan.tokens_offset) + group.index * max_stages;
+      reinterpret_cast<uint32_t*>(memory) + group.index * max_stages;
   const bool is_leader = group.warp == 0 && threadIdx.x % 32 == 0;
-  RightFactor<Config> right_factor(problem);
   load(0, first);
   clear_extremes(memory, plan);
   copy_left(copy_unit(problem.left, problem.rows, 0), left, plan.left_pitch, problem, 0, 0,
             {depth, plan.pass_rows}, block_team());
-  right_factor.store_all(right);
+  if (problem.right != nullptr) copy_right<Config>(right, problem);
   cp_async_commit();
   if (is_leader) {
     for (int i = 0; i < plan.stages; ++i) tokens[i] = first + i * deal.step();
