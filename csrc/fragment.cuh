@@ -104,6 +104,20 @@ __device__ __forceinline__ Value warp_uniform(Value value) {
   return __shfl_sync(0xffffffffu, value, 0);
 }
 
+// Includes `count` values in shared memory, which are read by 16 bytes.
+template <int count, class Reduced>
+__device__ __forceinline__ void include_all(Reduced& result, const Reduced* values) {
+  struct alignas(16) Vector {
+    Reduced values[16 / sizeof(Reduced)];
+  };
+  static_assert(count * sizeof(Reduced) % sizeof(Vector) == 0);
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(count * sizeof(Reduced) / sizeof(Vector)); ++i) {
+    const Vector vector = reinterpret_cast<const Vector*>(values)[i];
+    for (const Reduced& value : vector.values) result.include(value);
+  }
+}
+
 // Sum over the four lanes of a quad, the same bits in each.
 __device__ __forceinline__ float quad_sum(float value) {
   value += __shfl_xor_sync(0xffffffffu, value, 1);

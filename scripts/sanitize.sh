@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs the kernels under compute-sanitizer: memcheck, racecheck, initcheck and synccheck at once, each
 # over tests/sanitizer/run_kernels.py. Needs a GPU, the built extension and a CUDA toolkit. Logs go to
-# build/sanitizer. Exit status 1 if a tool finds anything, or misses a planted mistake.
+# build/sanitizer. Arguments go to run_kernels.py: `--kernel sm80` runs that kernel alone. Exit status 1
+# if a tool finds anything, or misses a planted mistake.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -31,7 +32,7 @@ for tool in "${tools[@]}"; do
     status=0
     options=()
     [[ $tool == initcheck ]] && options=(--no-bulk-stores)
-    check "$tool" "$logs/$tool.log" "$python" tests/sanitizer/run_kernels.py "${options[@]}" \
+    check "$tool" "$logs/$tool.log" "$python" tests/sanitizer/run_kernels.py "$@" "${options[@]}" \
       || status=$?
     echo "$status $((SECONDS - start))" >"$logs/$tool.status"
   ) &

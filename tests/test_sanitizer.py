@@ -27,6 +27,11 @@ def test_the_reduced_suite_runs_on_the_reference() -> None:
     assert found and int(found[1]) > 100, run.stdout
 
 
+def test_a_reduced_suite_of_no_kernel_fails() -> None:
+    run = suite("--device", "cpu", "--kernel", "no such kernel")
+    assert run.returncode == 1 and "launches: ;" in run.stdout
+
+
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
 def test_the_reduced_suite_does_not_pass_without_a_gpu() -> None:
     run = suite()

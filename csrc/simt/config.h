@@ -1,6 +1,8 @@
 // How the simt kernel cuts a problem, and the arithmetic of it. Plain C++.
 #pragma once
 
+#include "integers.h"
+
 namespace flatquant::simt {
 
 constexpr int tile = 8;              // a thread holds tile x tile sums
@@ -10,9 +12,6 @@ constexpr int usual_threads = 128;   // four such blocks fill an SM, and wait at
 constexpr int usual_shared = 49152;  // bytes that every GPU gives a block without asking
 
 constexpr int max_size = 32768;  // a factor's elements are counted in int
-
-constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
-constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
 // What a tile needs of the rows of a stage lies together, a panel (depth, tile): a thread's loads
 // then differ by constants. Four floats more keep eight panels off each other's banks.

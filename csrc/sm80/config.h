@@ -1,17 +1,14 @@
 // Tile choices of the sm80 kernels, as data, with the arithmetic that limits them. Plain C++.
 #pragma once
 
+#include "integers.h"
+
 namespace flatquant::sm80 {
 
 constexpr int max_size = 256;  // of rows and of cols
 
 constexpr bool serves(int rows, int cols) {
   return rows >= 1 && rows <= max_size && cols >= 1 && cols <= max_size;
-}
-
-constexpr int divide_up(int value, int divisor) { return (value + divisor - 1) / divisor; }
-constexpr int round_up(int value, int multiple) {
-  return (value + multiple - 1) / multiple * multiple;
 }
 
 // What Y's columns are padded to, a kernel each; a problem goes to the smallest that holds it.

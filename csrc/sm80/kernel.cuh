@@ -18,7 +18,6 @@
 // Bound by memory, by the instructions of a token, or by tensor cores where rows + cols is large.
 #pragma once
 
-#include "elements.cuh"
 #include "fragment.cuh"
 #include "problem.h"
 #include "quantize.cuh"
@@ -122,41 +121,16 @@ __device__ __forceinline__ void copy_left(int unit, Element* shared, int pitch,
   }
 }
 
-// The right factor, in the order of its columns, padded with zeros: in registers by eight columns,
-// as pairs of them part and cp.async would bring but 4 bytes at a time.
+// The right factor, in the order of its columns, of which only pairs stay together, padded with
+// zeros.
 template <class Config, class Element>
 __device__ __forceinline__ void copy_right(Element* shared, const Problem& problem) {
   const auto* right = static_cast<const Element*>(problem.right);
   const int size = problem.cols;
-  const Team team = block_team();
-  const Ordered<Config::warp_cols> position;
-  if (copy_unit(right, size, 0) != 16) {
-    with_unit<4>(copy_unit(right, size, 2), [&](auto unit) {
-      copy_matrix<unit()>(shared, Config::pitch, right, size, {size, size},
-                          {Config::cols, Config::cols}, team, position);
-    });
-    return;
-  }
-  constexpr int octets = Config::cols / 8, batch = Config::cols > 128 ? 16 : 8;
-#pragma unroll 1
-  for (int first = team.thread; first < octets * Config::cols; first += batch * team.threads) {
-    Elements<Element, 8> elements[batch] = {};
-#pragma unroll
-    for (int i = 0; i < batch; ++i) {
-      const int octet = first + i * team.threads, row = octet / octets, col = octet % octets * 8;
-      if (row < size && col < size) elements[i] = flatquant::load<8>(right + row * size + col);
-    }
-#pragma unroll
-    for (int i = 0; i < batch; ++i) {
-      const int octet = first + i * team.threads, row = octet / octets, col = octet % octets * 8;
-      if (row >= Config::cols) break;
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        *reinterpret_cast<uint32_t*>(shared + row * Config::pitch + position(col + 2 * pair)) =
-            elements[i].words[pair];
-      }
-    }
-  }
+  with_unit<4>(copy_unit(right, size, 2), [&](auto unit) {
+    copy_matrix<unit()>(shared, Config::pitch, right, size, {size, size},
+                        {Config::cols, Config::cols}, block_team(), Ordered<Config::warp_cols>());
+  });
 }
 
 // What a warp computes of a token's W and Y: the first of its 32 rows and of its columns.
@@ -309,7 +283,18 @@ class SharedW {
 template <class Config>
 using BFragments = uint32_t[Config::warp_cols / 16][4];
 
-// accumulators += a @ b for 16 values of k. With `has_next` what has been read of b is replaced by
+// accumulators += a @ b for 16 values of k and 16 columns.
+template <class Config>
+__device__ __forceinline__ void multiply(Accumulators<Config>& accumulators, int col,
+                                         const AFragments& a, const uint32_t (&b)[4]) {
+#pragma unroll
+  for (int tile = 0; tile < row_tiles; ++tile) {
+    mma<typename Config::Element>(&accumulators[tile][col / 2], a[tile], b);
+    mma<typename Config::Element>(&accumulators[tile][col / 2 + 4], a[tile], b + 2);
+  }
+}
+
+// The same for all columns. With `has_next` what has been read of b is replaced by
 // what is at `next`, at this lane's offset.
 template <class Config, bool has_next>
 __device__ __forceinline__ void multiply(Accumulators<Config>& accumulators, const AFragments& a,
@@ -317,13 +302,8 @@ __device__ __forceinline__ void multiply(Accumulators<Config>& accumulators, con
                                          const typename Config::Element* next) {
 #pragma unroll
   for (int col = 0; col < Config::warp_cols; col += 16) {
-    uint32_t (&fragments)[4] = b[col / 16];
-#pragma unroll
-    for (int tile = 0; tile < row_tiles; ++tile) {
-      mma<typename Config::Element>(&accumulators[tile][col / 2], a[tile], fragments);
-      mma<typename Config::Element>(&accumulators[tile][col / 2 + 4], a[tile], fragments + 2);
-    }
-    if constexpr (has_next) ldmatrix_transposed(fragments, next + col);
+    multiply<Config>(accumulators, col, a, b[col / 16]);
+    if constexpr (has_next) ldmatrix_transposed(b[col / 16], next + col);
   }
 }
 
@@ -335,11 +315,7 @@ __device__ __forceinline__ void multiply(Accumulators<Config>& accumulators, con
   for (int col = 0; col < Config::warp_cols; col += 16) {
     uint32_t fragments[4];
     ldmatrix_transposed(fragments, b + col);
-#pragma unroll
-    for (int tile = 0; tile < row_tiles; ++tile) {
-      mma<typename Config::Element>(&accumulators[tile][col / 2], a[tile], fragments);
-      mma<typename Config::Element>(&accumulators[tile][col / 2 + 4], a[tile], fragments + 2);
-    }
+    multiply<Config>(accumulators, col, a, fragments);
   }
 }
 
@@ -482,18 +458,9 @@ __device__ __forceinline__ Reduced reduce_group(Reduced own, Reduced* all, const
   }
   if (threadIdx.x % 32 == 0) all[group.warp] = result;
   group.sync();
-  struct alignas(16) Vector {
-    Reduced values[16 / sizeof(Reduced)];
-  };
-  const auto* vector = reinterpret_cast<const Vector*>(all);
-  int warps = 0;
+  const Reduced* const end = all + group.warps;
 #pragma unroll 1
-  do {
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(Reduced)) / 4; ++i, ++vector) {
-      for (const Reduced& value : vector->values) result.include(value);
-    }
-  } while ((warps += 4) < group.warps);
+  for (; all < end; all += 4) include_all<4>(result, all);
   return result;
 }
 
@@ -633,13 +600,14 @@ __global__ void __launch_bounds__(is_whole ? Config::max_whole_threads : Config:
   clear_extremes(memory, plan);
   copy_left(copy_unit(problem.left, problem.rows, 0), left, plan.left_pitch, problem, 0, 0,
             {depth, plan.pass_rows}, block_team());
+  cp_async_commit();
   if (problem.right != nullptr) copy_right<Config>(right, problem);
   cp_async_commit();
   if (is_leader) {
     for (int i = 0; i < plan.stages; ++i) tokens[i] = first + i * deal.step();
   }
   TokenSource source(problem, problem.counter, first + plan.stages * deal.step(), deal);
-  cp_async_wait(0);
+  cp_async_wait(1);
   __syncthreads();
 
   // Opaque, as the compiler would compute them again for each token.
@@ -649,11 +617,16 @@ __global__ void __launch_bounds__(is_whole ? Config::max_whole_threads : Config:
   // An only stage is filled again as early as possible; with more of them, or if it takes W, that
   // waits for the barrier of the extremes.
   const bool refills_early = plan.stages == 1 && !Config::shares_w;
-  bool is_filled = plan.stages == 1;
+  // Copies that have been started after the one that a product 1 needs: at first right.
+  int later_copies = 1;
   int stage = 0;
   uint32_t token = first;
+  if (token >= problem.tokens) {  // the others wait for this group's part of right
+    cp_async_wait(0);
+    __syncthreads();
+  }
   while (token < problem.tokens) {
-    cp_async_wait(plan.stages - 1);
+    cp_async_wait(later_copies);
     group.sync();
     // Which token the stage is filled with next, to be known past the barrier that this waits for.
     const auto draw = [&] {
@@ -673,9 +646,12 @@ __global__ void __launch_bounds__(is_whole ? Config::max_whole_threads : Config:
         w, depth,
         [&](AFragments& fragments, int k) { load_left(fragments, left + a + k * plan.left_pitch); },
         x_of(stage) + b);
-    // Behind the factors and the first tokens, which would have to share the memory with these.
-    if (!is_filled) {
-      is_filled = true;
+    // Right has come during the first product 1. The tokens after the first would have shared the
+    // memory with it.
+    if (token == first) {
+      cp_async_wait(0);
+      __syncthreads();
+      later_copies = plan.stages - 1;
       for (int i = 1; i < plan.stages; ++i) load(i, tokens[i]);
     }
     const auto refill_early = [&] {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "integers.h"
 #include "problem.h"
 
 namespace flatquant::sm90 {
@@ -163,8 +164,6 @@ constexpr int tokens_at_once(int warpgroups, int n, int parts, int tiles = 1) {
 constexpr bool overlaps(int warpgroups, int n) {
   return tokens_at_once(warpgroups, n, 1) == 1 && n + 31 <= registers(warpgroups);
 }
-
-constexpr int round_up(int value, int step) { return (value + step - 1) / step * step; }
 
 // wgmma multiplies matrices of Operand. One of float32 is the sum of `parts` float16 matrices, with
 // 11 bits each: two for Precision::highest, one for Precision::high.

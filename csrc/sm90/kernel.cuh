@@ -452,14 +452,7 @@ __device__ Reduced reduce_group(const Reduced& own, Reduced* all, int group) {
     }
   }
   token_sync<Config>(group);
-  struct alignas(16) Vector {
-    Reduced values[16 / sizeof(Reduced)];
-  };
-#pragma unroll
-  for (int i = 0; i < Config::blocks * warps * static_cast<int>(sizeof(Reduced)) / 16; ++i) {
-    const Vector vector = reinterpret_cast<const Vector*>(all)[i];
-    for (const Reduced& value : vector.values) result.include(value);
-  }
+  include_all<Config::blocks * warps>(result, all);
   return result;
 }
 
