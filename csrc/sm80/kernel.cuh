@@ -419,6 +419,9 @@ __device__ __forceinline__ void clear_extremes(unsigned char* memory, const Plan
   }
 }
 
+// Barriers 1 to 8 are those of groups of several warps.
+constexpr int right_barrier = 15;
+
 // The warps that work on one token.
 struct Group {
   int index;  // in the block
@@ -621,10 +624,12 @@ __global__ void __launch_bounds__(is_whole ? Config::max_whole_threads : Config:
   int later_copies = 1;
   int stage = 0;
   uint32_t token = first;
-  if (token >= problem.tokens) {  // the others wait for this group's part of right
+  // To be called once by each group, wherever it is then.
+  const auto wait_for_right = [&] {
     cp_async_wait(0);
-    __syncthreads();
-  }
+    named_barrier_sync(right_barrier, plan.threads());
+  };
+  if (token >= problem.tokens) wait_for_right();  // the others need this group's part of it
   while (token < problem.tokens) {
     cp_async_wait(later_copies);
     group.sync();
@@ -649,8 +654,7 @@ __global__ void __launch_bounds__(is_whole ? Config::max_whole_threads : Config:
     // Right has come during the first product 1. The tokens after the first would have shared the
     // memory with it.
     if (token == first) {
-      cp_async_wait(0);
-      __syncthreads();
+      wait_for_right();
       later_copies = plan.stages - 1;
       for (int i = 1; i < plan.stages; ++i) load(i, tokens[i]);
     }
