@@ -104,7 +104,7 @@ __device__ __forceinline__ Value warp_uniform(Value value) {
   return __shfl_sync(0xffffffffu, value, 0);
 }
 
-// Includes `count` values in shared memory, which are read by 16 bytes.
+// Includes `count` values in shared memory, which are read by 16 bytes and aligned to them.
 template <int count, class Reduced>
 __device__ __forceinline__ void include_all(Reduced& result, const Reduced* values) {
   struct alignas(16) Vector {

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Runs the kernels under compute-sanitizer: memcheck, racecheck, initcheck and synccheck at once, each
 # over tests/sanitizer/run_kernels.py. Needs a GPU, the built extension and a CUDA toolkit. Logs go to
-# build/sanitizer. Arguments go to run_kernels.py: `--kernel sm80` runs that kernel alone. Exit status 1
-# if a tool finds anything, or misses a planted mistake.
+# build/sanitizer. `--kernel sm80` runs that kernel alone. Exit status 1 if a tool finds anything, or
+# misses a planted mistake.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+[[ $# == 0 || ($# == 2 && $1 == --kernel) ]] \
+  || { echo "Usage: ./scripts/sanitize.sh [--kernel NAME]" >&2; exit 2; }
 cuda=${CUDA_HOME:-/usr/local/cuda}
 sanitizer=$(PATH=$PATH:$cuda/bin:$cuda/compute-sanitizer command -v compute-sanitizer) \
   || { echo "sanitize.sh: no compute-sanitizer on PATH or in $cuda" >&2; exit 2; }

@@ -794,6 +794,18 @@ def test_sm80_in_any_order(sm80: Path, tmp_path: Path, case: Case) -> None:
         assert equal(found, chosen_tokens(expected, chosen)), part
 
 
+@pytest.mark.parametrize(
+    "case", [Case(64, 64, 170, blocks=3), Case(80, 160, 60, blocks=3)], ids=str
+)
+def test_sm80_draws_before_the_first_block(sm80: Path, tmp_path: Path, case: Case) -> None:
+    """From a counter that is not set yet: tokens are computed again, a group's first one too."""
+    problem = case.random_problem()
+    expected = launch(sm80, tmp_path, case, problem, sm80_seed(0))
+    for counter in range(0, 5 * case.blocks, 5):
+        found = launch(sm80, tmp_path, case, problem, counter)
+        assert equal(found, expected), counter
+
+
 @pytest.mark.parametrize("clip_ratio", [1.0, 0.5])
 @pytest.mark.parametrize("packed", [True, False], ids=["int4", "int8"])
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=dtype_name)

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "integers.h"
+
 namespace flatquant::plain {
 
 // A thread holds up to 128 bytes of a token in 32 of its 64 registers: the 1024 threads that an SM
@@ -17,7 +19,6 @@ constexpr int64_t few_tokens = 256;
 
 // Of a >= 1, which may be close to the largest int.
 constexpr int divide_up(int a, int b) { return (a - 1) / b + 1; }
-constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
 // Octets, eight neighbouring elements, that a thread holds at once.
 constexpr int thread_octets(int element_size) { return thread_bytes / (8 * element_size); }

@@ -11,7 +11,7 @@
 // lanes exchange codes instead.
 // resident_kernel: the factors stay in shared memory; a block is groups that work on different
 // tokens, each with a ring of stages that it fills itself by cp.async, the last tokens as groups
-// get to them.
+// get to them. The right factor arrives while the first product of each group's first token runs.
 // streamed_kernel: for factors that do not fit; the block works on one token and takes left, X and
 // right from a ring of slices of some rows, out of L2. Tokens of more rows than the registers can
 // hold go in passes: all but the last are computed a second time, once the extremes are known.
@@ -121,8 +121,8 @@ __device__ __forceinline__ void copy_left(int unit, Element* shared, int pitch,
   }
 }
 
-// The right factor, in the order of its columns, of which only pairs stay together, padded with
-// zeros.
+// The right factor, padded with zeros, by pairs of columns: no more of them stay side by side in
+// ColumnOrder. Asynchronous where they are aligned to 4 bytes.
 template <class Config, class Element>
 __device__ __forceinline__ void copy_right(Element* shared, const Problem& problem) {
   const auto* right = static_cast<const Element*>(problem.right);
@@ -419,8 +419,9 @@ __device__ __forceinline__ void clear_extremes(unsigned char* memory, const Plan
   }
 }
 
-// Barriers 1 to 8 are those of groups of several warps.
+// Those from 1 on are of groups of two warps or more.
 constexpr int right_barrier = 15;
+static_assert(max_warps(16, false) / 2 < right_barrier);
 
 // The warps that work on one token.
 struct Group {
@@ -620,8 +621,10 @@ __global__ void __launch_bounds__(is_whole ? Config::max_whole_threads : Config:
   // An only stage is filled again as early as possible; with more of them, or if it takes W, that
   // waits for the barrier of the extremes.
   const bool refills_early = plan.stages == 1 && !Config::shares_w;
-  // Copies that have been started after the one that a product 1 needs: at first right.
+  // Groups of copies that have been started after the one that a product 1 needs: at first that of
+  // right, then those of all tokens further on.
   int later_copies = 1;
+  bool is_first = true;  // which token is its own first one a group does not know, see TokenSource
   int stage = 0;
   uint32_t token = first;
   // To be called once by each group, wherever it is then.
@@ -651,9 +654,10 @@ __global__ void __launch_bounds__(is_whole ? Config::max_whole_threads : Config:
         w, depth,
         [&](AFragments& fragments, int k) { load_left(fragments, left + a + k * plan.left_pitch); },
         x_of(stage) + b);
-    // Right has come during the first product 1. The tokens after the first would have shared the
-    // memory with it.
-    if (token == first) {
+    // Right had the first product 1 to arrive in. Only now the tokens further on, which would have
+    // competed with it for the memory's bandwidth.
+    if (is_first) {
+      is_first = false;
       wait_for_right();
       later_copies = plan.stages - 1;
       for (int i = 1; i < plan.stages; ++i) load(i, tokens[i]);
