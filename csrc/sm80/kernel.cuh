@@ -294,8 +294,8 @@ __device__ __forceinline__ void multiply(Accumulators<Config>& accumulators, int
   }
 }
 
-// The same for all columns. With `has_next` what has been read of b is replaced by
-// what is at `next`, at this lane's offset.
+// The same for all columns. With `has_next` what has been read of b is replaced by what is at
+// `next`, at this lane's offset.
 template <class Config, bool has_next>
 __device__ __forceinline__ void multiply(Accumulators<Config>& accumulators, const AFragments& a,
                                          BFragments<Config>& b,

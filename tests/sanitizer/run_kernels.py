@@ -176,22 +176,19 @@ def main() -> int:
         for dtype in DTYPES:
             problem = random_problem(M, N, tokens, dtype)
             names = available_kernels(M, N, dtype, device)
-            names_of_all = names
-            if device == "cuda":  # the reference, the last, launches nothing to look at
-                names = names[:-1]
-                names_of_all = [*names, "plain"]
+            if device == "cuda":
+                names = names[:-1]  # but the reference, which launches nothing to look at
             if shape in SHAPES_OF_ONE:
                 names = [name for name in names if name in (SHAPES_OF_ONE[shape], "reference")]
             if arguments.no_bulk_stores and (M, N) in BULK_STORES and dtype != torch.float32:
                 names = [name for name in names if name != "sm90"]
-                names_of_all = [name for name in names_of_all if name != "sm90"]
             for kernel in filter(is_wanted, names):
                 for x in layouts(problem.input):
                     if x.stride(0) * dtype.itemsize % ops._ALIGNMENT.get(kernel, 1) == 0:
                         check_quantize(problem._replace(input=x), kernel, device)
             if shape in SHAPES and (M, N) in SHAPES_OF_ALL:
                 few = problem._replace(input=problem.input[:40])
-                for kernel in filter(is_wanted, names_of_all):
+                for kernel in filter(is_wanted, names if device == "cpu" else [*names, "plain"]):
                     check_all(few, kernel, device)
     counts = ", ".join(f"{count} of {kernel}" for kernel, count in launches.items())
     print(f"launches: {counts}; wrong results: {wrong}")
