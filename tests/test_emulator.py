@@ -299,7 +299,7 @@ INSTRUCTIONS = {
 
 
 SM80_INSTRUCTIONS = {
-    "named_barrier": [r"bar\.sync 3, 96;"],
+    "named_barrier": [r"bar\.sync 3, 96;", r"bar\.arrive 4, 64;"],
     "copy": [
         r"cp\.async\.cg\.shared\.global(?:\.L2::128B)? \[%r\d+\], \[%rd\d+\], 16, %r\d+;",
         r"cp\.async\.ca\.shared\.global(?:\.L2::128B)? \[%r\d+\], \[%rd\d+\], 8, %r\d+;",
@@ -387,6 +387,7 @@ SM80_MISTAKES = {
     "no wait": "wrong result|in flight",
     "too many pending": "wrong result|in flight",
     "no barrier": "wrong result",
+    "arrival instead of a wait": "wrong result",
     "misaligned copy": "cp.async to .* not aligned to 4 bytes",
     "misaligned row": "ldmatrix of a row .* not aligned to 16 bytes",
 }

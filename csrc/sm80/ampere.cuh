@@ -23,6 +23,10 @@ __device__ __forceinline__ unsigned char* dynamic_shared_memory() {
 __device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
+// Counts this thread as there, but does not wait for the others.
+__device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
 
 // --- asynchronous copies ---
 

@@ -627,12 +627,10 @@ __global__ void __launch_bounds__(is_whole ? Config::max_whole_threads : Config:
   bool is_first = true;  // which token is its own first one a group does not know, see TokenSource
   int stage = 0;
   uint32_t token = first;
-  // To be called once by each group, wherever it is then.
-  const auto wait_for_right = [&] {
+  if (token >= problem.tokens) {  // the others need this group's part of right
     cp_async_wait(0);
-    named_barrier_sync(right_barrier, plan.threads());
-  };
-  if (token >= problem.tokens) wait_for_right();  // the others need this group's part of it
+    named_barrier_arrive(right_barrier, plan.threads());
+  }
   while (token < problem.tokens) {
     cp_async_wait(later_copies);
     group.sync();
@@ -658,7 +656,8 @@ __global__ void __launch_bounds__(is_whole ? Config::max_whole_threads : Config:
     // competed with it for the memory's bandwidth.
     if (is_first) {
       is_first = false;
-      wait_for_right();
+      cp_async_wait(0);
+      named_barrier_sync(right_barrier, plan.threads());
       later_copies = plan.stages - 1;
       for (int i = 1; i < plan.stages; ++i) load(i, tokens[i]);
     }

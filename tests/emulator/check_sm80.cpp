@@ -25,7 +25,11 @@ static void kernel() {
       ldmatrix_transposed(d, shared + 1);
     }
   }
-  if (!makes("no barrier")) named_barrier_sync(1, 64);
+  if (threadIdx.x < 32 || makes("arrival instead of a wait")) {
+    named_barrier_arrive(1, 64);
+  } else if (!makes("no barrier")) {
+    named_barrier_sync(1, 64);
+  }
   if (threadIdx.x >= 32) result[lane] = shared[lane];
 }
 

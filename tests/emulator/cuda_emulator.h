@@ -263,13 +263,8 @@ class Machine {
     }
   }
 
-  void barrier_sync(int id, int threads) {
-    if (id < 0 || id >= 16) fail("barrier %d: there are 16", id);
-    if (threads % warp_size != 0 || threads < 1 || threads > threads_) {
-      fail("barrier %d for %d threads", id, threads);
-    }
-    sync(barriers_[rank_][id], threads);
-  }
+  void barrier_sync(int id, int threads) { sync(named_barrier(id, threads), threads); }
+  void barrier_arrive(int id, int threads) { arrive(named_barrier(id, threads), threads); }
   // barrier.cluster
   void cluster_sync() { sync(cluster_barrier_, cluster_threads()); }
 
@@ -310,21 +305,34 @@ class Machine {
  private:
   static constexpr size_t stack_bytes = 128 * 1024;
 
-  void sync(Barrier& barrier, int threads) {
-    const char* const name = barrier.name.c_str();
+  Barrier& named_barrier(int id, int threads) {
+    if (id < 0 || id >= 16) fail("barrier %d: there are 16", id);
+    if (threads % warp_size != 0 || threads < 1 || threads > threads_) {
+      fail("barrier %d for %d threads", id, threads);
+    }
+    return barriers_[rank_][id];
+  }
+  void arrive(Barrier& barrier, int threads) {
     if (barrier.threads == 0) barrier.threads = threads;
     if (barrier.threads != threads) {
-      fail("%s for %d threads, others wait at it as %d", name, threads, barrier.threads);
+      fail("%s for %d threads, others wait at it as %d", barrier.name.c_str(), threads,
+           barrier.threads);
     }
-    const int generation = barrier.generation;
     if (++barrier.arrived == threads) {
       barrier.threads = barrier.arrived = 0;
       ++barrier.generation;
       notify(barrier.queue);
     }
+  }
+  void sync(Barrier& barrier, int threads) {
+    const int generation = barrier.generation;
+    arrive(barrier, threads);
     wait(
         barrier.queue,
-        [&] { return format("%s: %d of %d arrived", name, barrier.arrived, barrier.threads); },
+        [&] {
+          return format("%s: %d of %d arrived", barrier.name.c_str(), barrier.arrived,
+                        barrier.threads);
+        },
         [&] { return barrier.generation != generation; });
   }
 

@@ -6,6 +6,7 @@ using namespace flatquant::sm80;
 
 extern "C" __global__ void named_barrier(int* out) {
   named_barrier_sync(3, 96);
+  named_barrier_arrive(4, 64);
   *out = 1;
 }
 extern "C" __global__ void copy(const void* global, int inside) {

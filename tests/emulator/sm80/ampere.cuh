@@ -12,6 +12,9 @@ inline unsigned char* dynamic_shared_memory() { return emulator::machine().share
 inline void named_barrier_sync(int barrier, int threads) {
   emulator::machine().barrier_sync(barrier, threads);
 }
+inline void named_barrier_arrive(int barrier, int threads) {
+  emulator::machine().barrier_arrive(barrier, threads);
+}
 
 template <int bytes>
 void cp_async(void* shared, const void* global, bool inside) {
