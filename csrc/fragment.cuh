@@ -40,18 +40,29 @@ void with_outputs(const Problem& problem, Use use) {
 
 // Order of the right factor's columns in shared memory. An accumulator row gives a thread two
 // neighbouring positions of every eight; the right factor's columns are permuted so that those are
-// consecutive features: a whole int4 word from each four blocks of eight, `vector` such words side
-// by side where that makes wider stores. A last half group of two blocks gives half a word.
+// consecutive features: a whole int4 word from each four blocks of eight, and as many such words
+// side by side as make one store: four, two or one. A last half group of two blocks gives half a
+// word.
 template <int cols>
 struct ColumnOrder {
   static_assert(cols % 16 == 0);
   static constexpr int words = cols / 32;  // per thread and row
-  static constexpr int vector = words % 4 == 0 ? 4 : words % 2 == 0 ? 2 : 1;
   static constexpr bool has_half_word = cols % 32 != 0;
+
+  // Words of the vector that a word belongs to, as a power of two. The widest come first, so that
+  // each is aligned; four words are not where rows are an odd multiple of two. Three words are as
+  // fast one by one.
+  static constexpr int widest = words == 3 ? 0 : words >= 4 && cols % 32 == 0 ? 2 : words >= 2;
+  static constexpr int vector_log(int word) {
+    if (words % (1 << widest) == 0) return widest;
+    return widest == 2 && word < words / 4 * 4 ? 2 : word < words / 2 * 2 ? 1 : 0;
+  }
+  static constexpr int vector_size(int word) { return 1 << vector_log(word); }
 
   // First feature column of a thread's word; quad_lane is its lane % 4.
   static constexpr int word_column(int word, int quad_lane) {
-    return ((word / vector * 4 + quad_lane) * vector + word % vector) * 8;
+    const int size = vector_size(word);
+    return ((word / size * 4 + quad_lane) * size + word % size) * 8;
   }
   static constexpr int half_word_column(int quad_lane) { return 32 * words + 4 * quad_lane; }
 
@@ -63,8 +74,9 @@ struct ColumnOrder {
 
   // Where column `col` of the right factor is put.
   static constexpr int position(int col) {
-    const int quad_lane = col < 32 * words ? col / 8 / vector % 4 : col % 16 / 4;
-    const int word = col / 8 / (4 * vector) * vector + col / 8 % vector;
+    const int octet = col / 8, log = vector_log(octet / 4), size = 1 << log;
+    const int quad_lane = col < 32 * words ? (octet >> log) % 4 : col % 16 / 4;
+    const int word = (octet >> (log + 2) << log) + octet % size;
     const int block = col < 32 * words ? 4 * word + col % 8 / 2 : 4 * words + col % 4 / 2;
     return 8 * block + 2 * quad_lane + col % 2;
   }
@@ -310,6 +322,21 @@ __device__ __forceinline__ unsigned char* first_codes(const Problem& problem, vo
          code_bytes<storage>(thread.first_row * problem.cols);
 }
 
+// store_if() of the first `count` words, which the compiler knows: 8, 4, 2 or 1.
+__device__ __forceinline__ void store_vector_if(bool condition, void* global, const uint32_t* words,
+                                                int count) {
+  if (count == 8) {
+    store_if(condition, global,
+             {words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7]});
+  } else if (count == 4) {
+    store_if(condition, global, {words[0], words[1], words[2], words[3]});
+  } else if (count == 2) {
+    store_if(condition, global, {words[0], words[1]});
+  } else {
+    store_if(condition, global, {words[0]});
+  }
+}
+
 // Codes of a token's 16 rows whose problem.cols is a multiple of 8, so that every word lies inside
 // a row. `is_whole`: all rows and columns are there, and whole vectors.
 template <int cols, Outputs outputs, Storage storage, Clamp clamp, bool is_whole = false,
@@ -318,7 +345,6 @@ __device__ __forceinline__ void store_codes(const float (&y)[cols / 2], const To
                                             const Problem& problem, void* all_codes, Token token,
                                             ThreadRows thread) {
   using Order = ColumnOrder<cols>;
-  constexpr int vector = Order::vector;
   constexpr bool packed = storage == Storage::int32;
   constexpr int words_per_octet = packed ? 1 : 2;  // 32-bit words of eight codes
   constexpr auto bytes = code_bytes<storage>;
@@ -326,10 +352,11 @@ __device__ __forceinline__ void store_codes(const float (&y)[cols / 2], const To
 
   const auto store_words = [&](int half, bool inside, unsigned char* codes, auto are_together) {
 #pragma unroll
-    for (int first = 0; first < Order::words; first += vector) {
-      uint32_t words[vector * words_per_octet];
+    for (int first = 0; first < Order::words; first += Order::vector_size(first)) {
+      const int size = Order::vector_size(first);
+      uint32_t words[words_per_octet << Order::widest];
 #pragma unroll
-      for (int word = 0; word < vector; ++word) {
+      for (int word = 0; word < size; ++word) {
         uint32_t octet[words_per_octet];
         pack_word<cols, outputs, storage, clamp>(octet, y, scale, first + word, half,
                                                  thread.quad_lane);
@@ -339,11 +366,16 @@ __device__ __forceinline__ void store_codes(const float (&y)[cols / 2], const To
       const int col = thread.first_col + Order::word_column(first, thread.quad_lane);
       unsigned char* target = codes + bytes(col);
       if (are_together) {
-        store_if(inside && (is_whole || col < problem.cols), target, words);
+        const bool exists = inside && (is_whole || col < problem.cols);
+        if constexpr (Order::widest == 0) {
+          store_if(exists, target, words);
+        } else {
+          store_vector_if(exists, target, words, size * words_per_octet);
+        }
       } else {
         const int first_col = opaque(col);
 #pragma unroll
-        for (int word = 0; word < vector; ++word) {
+        for (int word = 0; word < size; ++word) {
           uint32_t octet[words_per_octet];
 #pragma unroll
           for (int i = 0; i < words_per_octet; ++i) octet[i] = words[word * words_per_octet + i];
@@ -362,7 +394,8 @@ __device__ __forceinline__ void store_codes(const float (&y)[cols / 2], const To
   };
   // Words of a vector are aligned together and lie inside the row together, or neither. Of the
   // usual outputs one branch decides for all, as each costs more than the words.
-  const bool are_together = is_whole || vector == 1 || problem.cols % (8 * vector) == 0;
+  const bool are_together =
+      is_whole || Order::widest == 0 || problem.cols % (8 << Order::widest) == 0;
   if constexpr (outputs != Outputs::simple) {
     store_rows(are_together);
   } else if (are_together) {
@@ -383,54 +416,6 @@ __device__ __forceinline__ void store_codes(const float (&y)[cols / 2], const To
         store_if(inside && col < problem.cols, codes + bytes(col), static_cast<uint16_t>(octet[0]));
       } else {
         store_if(inside && col < problem.cols, codes + bytes(col), {octet[0]});
-      }
-    }
-  }
-}
-
-// The same for problem.cols an odd multiple of 4, rows * cols a multiple of 8. Words of int4 then
-// begin with the first column of even rows and with the fifth of odd ones.
-template <int cols, Outputs outputs, Storage storage, Clamp clamp, class Token>
-__device__ __forceinline__ void store_codes_by_fours(const float (&y)[cols / 2],
-                                                     const TokenScale& scale,
-                                                     const Problem& problem, void* all_codes,
-                                                     Token token, ThreadRows thread) {
-  using Order = ColumnOrder<cols>;
-  static_assert(!Order::has_half_word);
-  constexpr bool packed = storage == Storage::int32;
-  constexpr int words_per_octet = packed ? 1 : 2;
-  constexpr auto bytes = code_bytes<storage>;
-  unsigned char* codes = first_codes<storage>(problem, all_codes, token, thread);
-  const int quad_lane = opaque(thread.quad_lane);
-  const bool is_odd = thread.first_row % 2 != 0;
-#pragma unroll
-  for (int half = 0; half < 2; ++half, codes += bytes(8 * problem.cols)) {
-    const bool inside = thread.first_row + 8 * half < problem.rows;
-    uint32_t words[Order::words][words_per_octet];
-#pragma unroll
-    for (int word = 0; word < Order::words; ++word) {
-      pack_word<cols, outputs, storage, clamp>(words[word], y, scale, word, half, quad_lane);
-    }
-#pragma unroll
-    for (int word = 0; word < Order::words; ++word) {
-      const int col = Order::word_column(word, quad_lane);
-      if constexpr (packed) {
-        // The next eight codes are this thread's, or the next lane's, or those of the quad's first.
-        uint32_t next = words[word + 1 < Order::words ? word + 1 : 0][0];
-        if (word % Order::vector == Order::vector - 1) {
-          const uint32_t given = quad_lane == 0 ? next : words[word + 1 - Order::vector][0];
-          next = __shfl_sync(0xffffffffu, given, quad_lane + 1, 4);
-        }
-        const int first = is_odd ? col + 4 : col;
-        const uint32_t word_bits =
-            is_odd ? __byte_perm(words[word][0], next, 0x5432) : words[word][0];
-        store_if(inside && first + 8 <= problem.cols, codes + bytes(first), {word_bits});
-        // What shares a word with the row before or after.
-        store_if(inside && (is_odd ? col == 0 : col + 4 == problem.cols), codes + bytes(col),
-                 static_cast<uint16_t>(words[word][0]));
-      } else {
-        store_if(inside && col < problem.cols, codes + col, {words[word][0]});
-        store_if(inside && col + 4 < problem.cols, codes + col + 4, {words[word][1]});
       }
     }
   }

@@ -480,7 +480,7 @@ __device__ __forceinline__ void with_store(const Accumulators<Config>& y, const 
                                            int64_t token, WarpTile<Config> tile,
                                            unsigned char* scratch, const Group& group, Use use) {
   constexpr int cols = Config::warp_cols;
-  static_assert(Config::parts == 1 || cols % (8 * ColumnOrder<cols>::vector) == 0,
+  static_assert(Config::parts == 1 || cols % (8 << ColumnOrder<cols>::widest) == 0,
                 "all parts store vectors of words");
   const auto for_tiles = [&](auto store_tile) {
 #pragma unroll

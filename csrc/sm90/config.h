@@ -44,7 +44,7 @@ constexpr bool has_float32(ShapeClass shape) {
 }
 
 // The copy engine reads rows in units of 16 bytes. A token whose rows are no multiple of that, but
-// which is one itself, arrives as a whole and is cut into rows by its group.
+// which is one itself, as its codes are, arrives as a whole and is cut into rows by its group.
 constexpr bool is_ragged(int cols) { return cols % 8 != 0; }
 
 // Those that are instantiated for ragged tokens too. ColumnOrder must have no half word for them.
@@ -70,7 +70,7 @@ constexpr bool is_transposed(ShapeClass shape, const Problem& problem) {
 constexpr bool serves(ShapeClass shape, Dtype dtype, int rows, int cols) {
   const int size = rows * cols, full = shape.depth * shape.cols;
   if (is_ragged(cols)) {
-    return dtype != Dtype::float32 && has_ragged(shape) && cols % 4 == 0 && size % 8 == 0 &&
+    return dtype != Dtype::float32 && has_ragged(shape) && cols % 4 == 0 && rows % 8 == 0 &&
            2 * size >= full;
   }
   return (dtype != Dtype::float32 || has_float32(shape)) &&
@@ -216,8 +216,8 @@ struct Config {
   // split in place. The factors are A of the first product and B of the second.
   static constexpr int width = Panel::width(slice_cols);  // of a token
   static constexpr int a_bytes = k * 64 * row_tiles * 2;
-  // Of 208 columns narrow panels pad less, which makes room for a stage.
-  static constexpr int b_width = slices > 1 && is_transposed ? 32 : Panel::width(n);
+  // Narrow panels pad less, which makes room for a stage of 208 columns or a ragged token's codes.
+  static constexpr int b_width = (slices > 1 && is_transposed) || is_ragged ? 32 : Panel::width(n);
   static constexpr int b_cols = round_up(n, b_width);  // in whole panels
   static constexpr int b_bytes = round_up(n * b_cols * 2, 1024);
   static constexpr int right_bytes = is_transposed ? a_bytes : b_bytes;
@@ -243,9 +243,12 @@ struct Config {
   static constexpr int left_offset = right_offset + parts * right_bytes;
   static constexpr int ring_offset = left_offset + parts * left_bytes;
   static constexpr int stage_bytes = round_up(slice_bytes, 1024);
-  // Of a group: a token's codes, of int8 at most, in quarters that lie in banks of their own. The
-  // copy engine can store them where the block has whole rows.
-  static constexpr int codes_bytes = is_transposed ? depth * right_cols + 4 * 32 : 0;
+  // Of a group: a token's codes, of int8 at most, transposed ones in quarters that lie in banks of
+  // their own. The copy engine can store them where the block has whole rows.
+  static constexpr bool stages_codes = is_transposed || is_ragged;
+  static constexpr int codes_bytes = is_transposed ? depth * right_cols + 4 * 32
+                                     : is_ragged   ? 64 * row_tiles * cols
+                                                   : 0;
   static constexpr bool bulk_stores = blocks == 1;
   static constexpr int stages_that_fit =
       (227 * 1024 - ring_offset - groups * codes_bytes) / stage_bytes;
@@ -257,9 +260,9 @@ struct Config {
   // A multiple of groups: every stage belongs to one group, which fills it again when it is done.
   static constexpr int stages = stages_wanted / groups * groups;
   // Where tokens in flight are few, a stage is filled again as soon as the first product has read
-  // it; elsewhere that waits for a barrier that the group needs anyway. Transposed codes of
-  // whole tokens, too, are stored behind the barrier that this takes.
-  static constexpr bool refills_early = stages == groups || overlaps || slices > 1 || is_transposed;
+  // it; elsewhere that waits for a barrier that the group needs anyway. Staged codes of whole
+  // tokens, too, are stored behind the barrier that this takes.
+  static constexpr bool refills_early = stages == groups || overlaps || slices > 1 || stages_codes;
   // Of a sliced token, what is multiplied under the epilogue of the one before, which is what there
   // is room for; or just the first.
   static constexpr int slices_ahead = overlaps && slices > 1 ? stages : 1;

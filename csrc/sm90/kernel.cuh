@@ -27,7 +27,8 @@
 // far below what its X and the factors could make that float16's smallest number would show is
 // computed again exactly.
 // Tokens whose rows the copy engine cannot read (is_ragged) arrive as their elements follow each
-// other, and their group brings them into panels, in place.
+// other, and their group brings them into panels, in place; their codes leave likewise
+// (ragged.cuh).
 #pragma once
 
 #include <type_traits>
@@ -38,6 +39,7 @@
 #include "quantize.cuh"
 #include "sm90/config.h"
 #include "sm90/hopper.cuh"
+#include "sm90/ragged.cuh"
 #include "sm90/transposed.cuh"
 #include "token_source.cuh"
 
@@ -502,46 +504,6 @@ __device__ TokenSplit split_token(unsigned char* stage, const SharedMemory<Confi
   return {exponent, magnitude.max == 0.0f};
 }
 
-// Brings a ragged token that has arrived into panels, padded with zeros, in place.
-template <class Config>
-__device__ void cut_token(unsigned char* stage, const Problem& problem, int group) {
-  constexpr int quads = Config::depth * Config::cols / 4 / Config::group_threads;
-  constexpr int last_columns = Config::cols % Config::width;
-  static_assert(Config::width == 64 && (last_columns == 0 || last_columns == 32));
-  static_assert(Config::depth % (Config::group_threads / (last_columns == 0 ? 16 : 8)) == 0);
-  const int thread = threadIdx.x % Config::group_threads;
-  // Calls visit(index, row, first column, element in panels) for this thread's groups of four
-  // columns. It keeps its columns of a panel and takes every row_step-th row, which is swizzled
-  // alike.
-  const auto for_each_quad = [&](auto visit) {
-    int index = 0;
-#pragma unroll
-    for (int panel = 0; panel < Config::cols; panel += Config::width) {
-      const int columns =
-          Config::cols - panel < Config::width ? Config::cols - panel : Config::width;
-      const int row_step = Config::group_threads / (columns / 4);
-      const int first_row = thread / (columns / 4), col = panel + thread % (columns / 4) * 4;
-      const int first = Panel::offset(Config::width, Config::depth, first_row, col);
-#pragma unroll
-      for (int row = 0; row < Config::depth; row += row_step) {
-        visit(index++, first_row + row, col, first + row * Config::width);
-      }
-    }
-  };
-  uint2 values[quads];
-  for_each_quad([&](int i, int row, int col, int) {
-    const bool inside = row < problem.rows && col < problem.cols;
-    values[i] = inside ? *reinterpret_cast<const uint2*>(stage + 2 * (row * problem.cols + col))
-                       : make_uint2(0, 0);
-  });
-  named_barrier_sync(group, Config::group_threads);  // all of it is in registers
-  for_each_quad([&](int i, int, int, int element) {
-    *reinterpret_cast<uint2*>(stage + 2 * element) = values[i];
-  });
-  fence_proxy_async();
-  named_barrier_sync(group, Config::group_threads);
-}
-
 // Calls multiply(a's part, b's part) for the products that count, the largest last.
 template <class Config, class Multiply>
 __device__ __forceinline__ void for_each_product(Multiply multiply) {
@@ -633,9 +595,13 @@ __device__ __forceinline__ void for_each_tile(ThreadRows first, Visit visit) {
   }
 }
 
+template <class Config, Storage storage>
+using StagedCodes = std::conditional_t<Config::is_transposed, StagedColumns<Config, storage>,
+                                       StagedRows<Config, storage>>;
+
 // Whether staged codes go to memory behind the next token's barrier.
 template <class Config, Outputs outputs>
-constexpr bool stores_late = Config::is_transposed && outputs == Outputs::simple;
+constexpr bool stores_late = Config::stages_codes && outputs == Outputs::simple;
 
 // That: by the copy engine if it can (then all have met the barrier past their
 // fence_proxy_async()), else by all of the group.
@@ -665,11 +631,11 @@ __device__ __forceinline__ void with_store(const Accumulators<Config>& y, const 
     // accumulator, which leaves no registers for it, only where it is used.
     use([&, token = opaque(token)](void* codes, const TokenScale& scale, auto clamp) {
       const uint32_t place = Config::overlaps ? opaque(token) : token;
-      if constexpr (Config::is_transposed) {
+      if constexpr (Config::stages_codes) {
         const StagedCodes<Config, storage()> staged(shared.codes, group);
-        for_each_tile<Config>(thread, [&](int tile, ThreadRows columns) {
-          columns.first_row -= block_col<Config>();
-          staged.template stage<clamp()>(y[tile], scale, columns);
+        for_each_tile<Config>(thread, [&](int tile, ThreadRows rows) {
+          rows.first_row -= block_col<Config>();
+          staged.template stage<outputs, clamp()>(y[tile], scale, problem, rows);
         });
         if constexpr (!stores_late<Config, outputs>) {
           named_barrier_sync(group, Config::group_threads);
@@ -680,13 +646,8 @@ __device__ __forceinline__ void with_store(const Accumulators<Config>& y, const 
         }
       } else {
         for_each_tile<Config>(thread, [&](int tile, ThreadRows rows) {
-          if constexpr (Config::is_ragged) {
-            store_codes_by_fours<Config::cols, outputs, storage(), clamp()>(y[tile], scale, problem,
-                                                                            codes, place, rows);
-          } else {
-            store_codes<Config::cols, outputs, storage(), clamp()>(y[tile], scale, problem, codes,
-                                                                   place, rows);
-          }
+          store_codes<Config::cols, outputs, storage(), clamp()>(y[tile], scale, problem, codes,
+                                                                 place, rows);
         });
       }
     });

@@ -37,15 +37,15 @@ struct TransposedOrder {
 // a quad write to different quarters, 32 bytes more than a multiple of 128 apart, so that a warp's
 // stores fall into different banks.
 template <class Config, Storage storage>
-class StagedCodes {
+class StagedColumns {
  public:
-  __device__ __forceinline__ StagedCodes(unsigned char* codes, int group)
+  __device__ __forceinline__ StagedColumns(unsigned char* codes, int group)
       : codes_(codes + group * Config::codes_bytes) {}
 
   // This thread's codes of a tile; thread.first_row counts from the first of this block's columns.
-  template <Clamp clamp>
+  template <Outputs, Clamp clamp>
   __device__ __forceinline__ void stage(const float (&y)[Config::n / 2], const TokenScale& scale,
-                                        ThreadRows thread) const {
+                                        const Problem&, ThreadRows thread) const {
     unsigned char* const first = codes_ + thread.quad_lane * quarter_bytes +
                                  code_bytes<storage>(Order::column(0, thread.first_row));
 #pragma unroll
