@@ -392,7 +392,7 @@ __device__ __forceinline__ void store_codes(const float (&y)[cols / 2], const To
       store_words(half, inside, codes, are_together);
     }
   };
-  // Words of a vector are aligned together and lie inside the row together, or neither. Of the
+  // Words of a vector lie inside the row together if its rows are aligned to the widest. Of the
   // usual outputs one branch decides for all, as each costs more than the words.
   const bool are_together =
       is_whole || Order::widest == 0 || problem.cols % (8 << Order::widest) == 0;

@@ -62,7 +62,11 @@ __device__ __forceinline__ void store_if(bool condition, void* global,
     store_if(condition, static_cast<uint4*>(global) + 1, {words[4], words[5], words[6], words[7]});
   }
 #else
-  if (condition) std::memcpy(global, words, sizeof words);
+  struct alignas(count < 4 ? 4 * count : 16) Vector {  // as -fsanitize=alignment checks it
+    uint32_t words[count];
+  } vector;
+  std::memcpy(&vector, words, sizeof words);
+  if (condition) *static_cast<Vector*>(global) = vector;
 #endif
 }
 __device__ __forceinline__ void store_if(bool condition, void* global, uint16_t half_word) {
@@ -72,7 +76,7 @@ __device__ __forceinline__ void store_if(bool condition, void* global, uint16_t 
                "l"(global), "h"(half_word)
                : "memory");
 #else
-  if (condition) std::memcpy(global, &half_word, sizeof half_word);
+  if (condition) *static_cast<uint16_t*>(global) = half_word;
 #endif
 }
 

@@ -957,6 +957,9 @@ KERNEL_CASES = [
     ("sm90", Case(130, 160, 3)),
     ("sm90", Case(64, 72, 3)),  # half a word
     ("sm90", Case(120, 128, 3)),  # four words side by side
+    ("sm90", Case(128, 224, 2)),  # four, two and one
+    ("sm90", Case(64, 160, 3, BFLOAT16)),  # four, and two of which half the lanes have none
+    ("sm90", Case(168, 176, 2, packed=False)),  # two, two, one and half a word
     ("sm90", Case(72, 88, 5)),  # two tiles of a warpgroup
     ("sm90", Case(128, 144, 3)),
     ("sm90", Case(86, 128, 5)),  # transposed products
@@ -965,7 +968,7 @@ KERNEL_CASES = [
     ("sm90", Case(188, 256, 3, packed=False)),
     ("sm90", Case(48, 60, 5)),  # ragged tokens
     ("sm90", Case(48, 36, 3)),
-    ("sm90", Case(60, 84, 5, BFLOAT16)),
+    ("sm90", Case(56, 84, 5, BFLOAT16)),
     ("sm90", Case(128, 148, 3, packed=False)),
     ("sm90", Case(56, 64, 5, FLOAT32)),
     ("sm90", Case(100, 128, 5, FLOAT32, packed=False)),

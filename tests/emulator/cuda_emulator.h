@@ -146,7 +146,7 @@ class SharedMemory {
 
 using WaitQueue = std::vector<int>;  // threads
 
-// bar.sync: hardware barrier of one block, or of a cluster.
+// bar.sync and bar.arrive: hardware barrier of one block, or of a cluster.
 struct Barrier {
   std::string name;
   int threads = 0;  // that take part, 0 between uses

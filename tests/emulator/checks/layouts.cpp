@@ -145,6 +145,10 @@ void check_classes(std::integer_sequence<int, indices...>) {
     check_matrix<width, panel_cols, panel_cols, shape.cols>();         // right
     check_matrix<width, panel_cols, panel_cols, Class::slice_rows>();  // token, or a slice of it
     check_matrix<64, 64 * shape.row_tiles(), 64, shape.depth>();       // left
+    if constexpr (has_ragged(shape)) {
+      using Ragged = Config<__half, __half, shape.depth, shape.cols, 1, true>;
+      check_matrix<Ragged::b_width, Ragged::b_cols, Ragged::b_cols, shape.cols>();  // right
+    }
     if constexpr (is_transposed(shape)) {
       using Transposed = Config<__half, __half, shape.depth, shape.cols, 1, false, true>;
       constexpr int b_width = Transposed::b_width, b_cols = Transposed::b_cols;
