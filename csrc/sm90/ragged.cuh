@@ -89,7 +89,8 @@ class StagedRows {
   __device__ __forceinline__ void store(const Problem& problem, void* codes, uint32_t token,
                                         int) const {
     const auto* const source = reinterpret_cast<const uint4*>(codes_);
-    auto* const target = reinterpret_cast<uint4*>(of_token(problem, codes, token));
+    auto* const target =
+        reinterpret_cast<uint4*>(first_codes<storage>(problem, codes, token, ThreadRows()));
     for (unsigned i = threadIdx.x % Config::group_threads; i < bytes(problem) / 16;
          i += Config::group_threads) {
       target[i] = source[i];
@@ -100,15 +101,13 @@ class StagedRows {
   __device__ __forceinline__ void start_storing(const Problem& problem, void* codes,
                                                 uint32_t token) const {
     if (threadIdx.x % 32 != 0) return;
-    bulk_store(codes_, of_token(problem, codes, token), static_cast<int>(bytes(problem)));
+    bulk_store(codes_, first_codes<storage>(problem, codes, token, ThreadRows()),
+               static_cast<int>(bytes(problem)));
   }
 
  private:
   __device__ static unsigned bytes(const Problem& problem) {
     return code_bytes<storage>(problem.rows * problem.cols);
-  }
-  __device__ static unsigned char* of_token(const Problem& problem, void* codes, uint32_t token) {
-    return static_cast<unsigned char*>(codes) + static_cast<uint64_t>(token) * bytes(problem);
   }
 
   unsigned char* codes_;
