@@ -51,14 +51,6 @@ constexpr bool covers(std::string_view architectures, int compute_capability,
   return false;
 }
 
-constexpr bool sm80_serves(const Query& q) {
-  return q.compute_capability >= 80 && covers(q.architectures, q.compute_capability, false, 80) &&
-         q.dtype != Dtype::float32 && sm80::serves(q.rows, q.cols);
-}
-
-// So small a token fills half of wgmma's 64 rows at most, but a warp of sm80's.
-constexpr bool is_small(const Query& q) { return q.rows <= 32 && q.cols <= 64; }
-
 struct KernelEntry {
   std::string_view name;
   bool (*serves)(const Query&);
@@ -66,14 +58,17 @@ struct KernelEntry {
 
 // Best first: "auto" takes the first that serves the problem.
 inline constexpr KernelEntry kernel_table[] = {
-    {"sm80",  // compiled empty for architectures before 80
-     [](const Query& q) { return is_small(q) && sm80_serves(q); }},
     {"sm90",  // in binaries with code for 90a alone: elsewhere it is compiled empty
      [](const Query& q) {
        return q.compute_capability == 90 && covers(q.architectures, 90, true) &&
               sm90::serves(q.dtype, q.rows, q.cols);
      }},
-    {"sm80", [](const Query& q) { return !is_small(q) && sm80_serves(q); }},
+    {"sm80",  // compiled empty for architectures before 80
+     [](const Query& q) {
+       return q.compute_capability >= 80 &&
+              covers(q.architectures, q.compute_capability, false, 80) &&
+              q.dtype != Dtype::float32 && sm80::serves(q.rows, q.cols);
+     }},
     {"simt",
      [](const Query& q) {
        return q.compute_capability >= 60 && covers(q.architectures, q.compute_capability) &&

@@ -89,6 +89,11 @@ struct ThreadRows {
   int first_row;
   int quad_lane;
   int first_col = 0;
+  bool is_stored = true;  // or nothing of it is
+
+  __device__ __forceinline__ bool has_row(int half, int rows) const {
+    return is_stored && first_row + 8 * half < rows;
+  }
 };
 
 // Threads that work together, and which of them this is.
@@ -116,11 +121,13 @@ __device__ __forceinline__ Value warp_uniform(Value value) {
   return __shfl_sync(0xffffffffu, value, 0);
 }
 
-// Includes `count` values in shared memory, which are read by 16 bytes and aligned to them.
+// Includes `count` values in shared memory, which are read by 16 bytes or all at once, and aligned
+// to that.
 template <int count, class Reduced>
 __device__ __forceinline__ void include_all(Reduced& result, const Reduced* values) {
-  struct alignas(16) Vector {
-    Reduced values[16 / sizeof(Reduced)];
+  constexpr int size = count * sizeof(Reduced) < 16 ? count * sizeof(Reduced) : 16;
+  struct alignas(size) Vector {
+    Reduced values[size / sizeof(Reduced)];
   };
   static_assert(count * sizeof(Reduced) % sizeof(Vector) == 0);
 #pragma unroll
@@ -386,7 +393,7 @@ __device__ __forceinline__ void store_codes(const float (&y)[cols / 2], const To
     unsigned char* codes = first_row;
 #pragma unroll
     for (int half = 0; half < 2; ++half, codes += bytes(8 * problem.cols)) {
-      const bool inside = is_whole || thread.first_row + 8 * half < problem.rows;
+      const bool inside = is_whole || thread.has_row(half, problem.rows);
       store_words(half, inside, codes, are_together);
     }
   };
@@ -405,7 +412,7 @@ __device__ __forceinline__ void store_codes(const float (&y)[cols / 2], const To
     unsigned char* codes = first_row;
 #pragma unroll
     for (int half = 0; half < 2; ++half, codes += bytes(8 * problem.cols)) {
-      const bool inside = is_whole || thread.first_row + 8 * half < problem.rows;
+      const bool inside = is_whole || thread.has_row(half, problem.rows);
       uint32_t octet[words_per_octet];
       pack_word<cols, outputs, storage, clamp>(octet, y, scale, Order::words, half,
                                                thread.quad_lane);
@@ -496,8 +503,8 @@ __device__ __forceinline__ void store_transformed(const float (&y)[cols / 2],
   thread.quad_lane = opaque(thread.quad_lane);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    if (!thread.has_row(half, problem.rows)) continue;
     const int row = thread.first_row + 8 * half;
-    if (row >= problem.rows) continue;
     const int64_t first =
         (static_cast<int64_t>(token) * problem.rows + row) * problem.cols + thread.first_col;
     // Positions 4 * block + .. of `size` neighbouring columns from `col` on.

@@ -25,18 +25,16 @@ __device__ __forceinline__ uint32_t fetch_and_increment(uint32_t* number) {
 // to the first of these long before it is needed. Were another block to draw before that, it would
 // work on a token twice, to the same bits, or leave early; block 0 itself, which draws only after
 // it has met a block barrier, does not rest until the last token is handed out.
-// Deal has step(), from a group's token to its next one of the fixed share, and held(), how many
-// tokens all groups take before that barrier, which the fixed share exceeds.
+// What is said of tokens may be true of stacks of them (sm90/config.h), of which there are
+// `tokens`. Deal has step(), from a group's token to its next one of the fixed share, and held(),
+// how many tokens all groups take before that barrier, which the fixed share exceeds.
 template <class Deal>
 class TokenSource {
  public:
   // `next` is the token after those that the stages get at first. Without a counter all tokens are
   // dealt out in turn.
-  __device__ TokenSource(const Problem& problem, uint32_t* counter, uint32_t next, Deal deal)
-      : tokens_(static_cast<uint32_t>(problem.tokens)),
-        counter_(counter),
-        position_(next),
-        deal_(deal) {
+  __device__ TokenSource(int64_t tokens, uint32_t* counter, uint32_t next, Deal deal)
+      : tokens_(static_cast<uint32_t>(tokens)), counter_(counter), position_(next), deal_(deal) {
     const bool shares = counter_ != nullptr && tokens_ >= 2 * deal_.held();
     fixed_ = shares ? tokens_ - tokens_ / 4 : tokens_;
     if (shares && blockIdx.x == 0 && threadIdx.x == 0) atomicExch(counter_, fixed_);

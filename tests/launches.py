@@ -21,7 +21,9 @@ DEVICE = "cpu" if NO_GPU else "cuda"
 # a large factor, N no multiple of 8, nothing a multiple of anything.
 KINDS = [
     (64, 64),
+    (32, 64),
     (24, 24),
+    (12, 16),
     (86, 128),
     (112, 128),
     (128, 224),

@@ -19,6 +19,8 @@ from launches import (
 from problems import NO_GPU, Problem, random_problem
 from torch import Tensor
 
+from flatquant import kronecker_transform
+
 pytestmark = pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)
 
 TOKENS = 4096
@@ -89,6 +91,47 @@ def test_a_tokens_place_and_neighbours_do_not_matter(M: int, N: int, dtype: torc
         for packed, (codes, scales) in results.items():
             got = quantize(mixed, kernel, packed)
             assert not differ(got, (codes[order], scales[order])), (kernel, packed)
+
+
+@by_dtype
+@by_kind
+def test_nan_and_inf_of_other_tokens_do_not_matter(M: int, N: int, dtype: torch.dtype) -> None:
+    problem = random_problem(M, N, TOKENS + 1, dtype, DEVICE)
+    spoiled = torch.rand(TOKENS + 1, device=DEVICE) < 0.3
+    spoiled[-1] = True
+    inputs = problem.input.clone()
+    tokens = spoiled.nonzero().flatten()
+    places = torch.randint(M * N, tokens.shape, device=DEVICE)
+    values = torch.tensor([float("nan"), float("inf"), -float("inf")], device=DEVICE)
+    inputs[tokens, places] = values[places % 3].to(dtype)
+    inputs[tokens[::4]] = torch.finfo(dtype).max  # finite, but W or Y is not
+    for kernel in kernels(M, N, dtype):
+        for packed, (codes, scales) in outputs(problem, kernel).items():
+            got = quantize(Problem(inputs, *problem[1:]), kernel, packed)
+            expected = codes[~spoiled], scales[~spoiled]
+            assert not differ((got[0][~spoiled], got[1][~spoiled]), expected), (kernel, packed)
+
+
+@by_dtype
+@by_kind
+def test_not_a_bit_of_y_depends_on_the_size_of_other_tokens(
+    M: int, N: int, dtype: torch.dtype
+) -> None:
+    """Where several share a tile, zeros of the left factor meet the others' values."""
+    problem = random_problem(M, N, 1, dtype, DEVICE)
+    small, large = (2.0**-9, 2.0**11) if dtype == torch.float16 else (2.0**-60, 2.0**60)
+    normal = torch.randn(1001, M * N, device=DEVICE)
+    inputs = (normal * small).to(dtype)
+    for kernel in kernels(M, N, dtype):
+        y = []
+        for others in (normal * large, torch.zeros_like(normal), normal * float("nan")):
+            inputs[1::2] = others[1::2].to(dtype)
+            factors = problem.left, problem.right
+            y.append(kronecker_transform(inputs, *factors, torch.float32, kernel=kernel)[::2])
+        assert y[0].isfinite().all() and y[0].any(1).all(), kernel
+        for other in y[1:]:
+            COUNTS["batches compared bitwise"] += 1
+            assert torch.equal(other.view(torch.int32), y[0].view(torch.int32)), kernel
 
 
 @by_dtype

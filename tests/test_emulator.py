@@ -477,8 +477,13 @@ def test_sm90_in_every_class(sm90: Path, tmp_path: Path, case: Case) -> None:
         Case(112, 132, 5, packed=False, clip_ratios=(1.5,)),
         Case(104, 148, 4),
         Case(128, 92, 3, has_left=False),  # regrouped to 64 x 184, which is not ragged
-        Case(8, 8, 500),  # enough that the last quarter is first come, first served
+        Case(8, 8, 1000),  # enough that the last quarter is first come, first served
         Case(24, 32, 500, BFLOAT16, packed=False, blocks=3),
+        # Stacks.
+        Case(32, 64, 27, blocks=1, gap=16),
+        Case(18, 40, 9, BFLOAT16, clip_ratios=(0.5,)),
+        Case(16, 128, 9, has_right=False),  # regrouped to 32 x 64
+        Case(64, 16, 9, BFLOAT16, has_left=False),  # to 32 x 32
     ],
     ids=str,
 )
@@ -502,6 +507,8 @@ def test_sm90(sm90: Path, tmp_path: Path, case: Case) -> None:
         Case(56, 84, 40, blocks=1),  # ragged tokens
         Case(128, 140, 9),
         Case(200, 248, 7),  # clusters
+        Case(30, 40, 90, blocks=1),  # stacks
+        Case(12, 16, 130),
     ],
     ids=str,
 )
@@ -602,12 +609,52 @@ def check_special(case: Case, outputs: list[Output], problem: Problem, special: 
         Case(198, 256, 6),
         Case(64, 76, 9, blocks=1),  # ragged tokens
         Case(112, 132, 6, BFLOAT16, packed=False),
+        Case(32, 64, 9, blocks=1),  # stacks
+        Case(24, 40, 6, BFLOAT16, packed=False),
+        Case(12, 24, 11),
     ],
     ids=str,
 )
 def test_sm90_special_tokens(sm90: Path, tmp_path: Path, case: Case) -> None:
     problem, special = spoil(case.random_problem())
     check_special(case, launch(sm90, tmp_path, case, problem), problem, special)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(32, 64, 41, blocks=1),
+        Case(22, 32, 41, BFLOAT16, packed=False, clip_ratios=((0.9, 0.8), (1.0, 1.0)), gap=8),
+        Case(32, 48, 41, has_right=False),
+        Case(16, 128, 41, BFLOAT16, has_right=False),  # regrouped to 32 x 64
+        Case(64, 16, 41, has_left=False),  # to 32 x 32
+        Case(16, 16, 59, blocks=1),
+        Case(9, 32, 59, BFLOAT16, has_left=False),
+    ],
+    ids=str,
+)
+def test_sm90_special_tokens_change_no_bit_of_their_stack(
+    sm90: Path, tmp_path: Path, case: Case
+) -> None:
+    problem = case.random_problem()
+    expected = launch(sm90, tmp_path, case, problem)
+    # Of stacks none, one, some and all, and the last one, which lacks some.
+    special = torch.rand(case.tokens) < 0.4
+    special[-1] = special[4:8] = True
+    x = problem.input.clone()
+    for token in special.nonzero().flatten().tolist():
+        if token % 3 == 2:  # finite, but for some factors W or Y is not
+            x[token] = 60000.0 if case.dtype is FLOAT16 else 3e38
+        else:
+            x[token, int(torch.randint(x.shape[1], ()))] = (float("nan"), float("inf"))[token % 3]
+    found = launch(sm90, tmp_path, case, problem._replace(input=x))
+    for (codes, scales), (expected_codes, expected_scales) in zip(found, expected, strict=True):
+        assert torch.equal(codes[~special], expected_codes[~special])
+        assert torch.equal(scales[~special], expected_scales[~special])
+        assert not (scales[special] == expected_scales[special]).any()
+    y = transform(sm90, tmp_path, case, problem)[~special]
+    y_beside = transform(sm90, tmp_path, case, problem._replace(input=x))[~special]
+    assert torch.equal(y.view(torch.int32), y_beside.view(torch.int32))
 
 
 FLOAT32_CLASSES = [(32, 32), (64, 64), (64, 128), (96, 128), (128, 128)]
@@ -960,6 +1007,9 @@ KERNEL_CASES = [
     ("sm90", Case(128, 224, 2)),  # four, two and one
     ("sm90", Case(64, 160, 3, BFLOAT16)),  # four, and two of which half the lanes have none
     ("sm90", Case(168, 176, 2, packed=False)),  # two, two, one and half a word
+    ("sm90", Case(32, 64, 5)),  # stacks
+    ("sm90", Case(22, 40, 5, BFLOAT16, packed=False)),
+    ("sm90", Case(13, 16, 7)),
     ("sm90", Case(72, 88, 5)),  # two tiles of a warpgroup
     ("sm90", Case(128, 144, 3)),
     ("sm90", Case(86, 128, 5)),  # transposed products

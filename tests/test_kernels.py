@@ -281,7 +281,7 @@ def test_auto_is_the_first_of_the_available_kernels(M: int, N: int, dtype: torch
 
 
 @by_dtype
-def test_a_hopper_gpu_runs_sm90_but_for_small_tokens(dtype: torch.dtype) -> None:
+def test_a_hopper_gpu_runs_sm90(dtype: torch.dtype) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
     for M, N in SIZES:
@@ -290,8 +290,7 @@ def test_a_hopper_gpu_runs_sm90_but_for_small_tokens(dtype: torch.dtype) -> None
         if dtype == torch.float32:
             assert ("sm90" in names) == (N % 8 == 0 and max(M, N) <= 128), (M, N)
         elif M * N <= 28672 and (N % 8 == 0 or (M, N) in RAGGED):
-            assert "sm90" in names, (M, N)
-            assert names[0] == ("sm80" if M <= 32 and N <= 64 else "sm90"), (M, N)
+            assert names[0] == "sm90", (M, N)
 
 
 @pytest.mark.parametrize(

@@ -610,7 +610,7 @@ __global__ void __launch_bounds__(is_whole ? Config::max_whole_threads : Config:
   if (is_leader) {
     for (int i = 0; i < plan.stages; ++i) tokens[i] = first + i * deal.step();
   }
-  TokenSource source(problem, problem.counter, first + plan.stages * deal.step(), deal);
+  TokenSource source(problem.tokens, problem.counter, first + plan.stages * deal.step(), deal);
   cp_async_wait(1);
   __syncthreads();
 

@@ -86,11 +86,19 @@ constexpr int find_shape_class(Dtype dtype, int rows, int cols) {
   return -1;
 }
 
+// Tokens that share a tile's 64 rows, one below the other, where one would fill at most half of
+// them. The left factor is then repeated along the diagonal.
+constexpr int stack(Dtype dtype, ShapeClass shape) {
+  return dtype == Dtype::float32 || shape.depth > 32 ? 1 : 64 / shape.depth;
+}
+
 // Multiply-adds of a token in its class, the padded ones too, where it has one factor only (and is
 // never transposed).
 constexpr int work(Dtype dtype, int rows, int cols) {
   const ShapeClass shape = shape_classes[find_shape_class(dtype, rows, cols)];
-  return 64 * shape.row_tiles() * shape.blocks() * shape.cols * (shape.depth + shape.cols);
+  const int tokens = stack(dtype, shape);
+  return 64 * shape.row_tiles() * shape.blocks() * shape.cols *
+         (tokens * shape.depth + shape.cols) / tokens;
 }
 
 constexpr bool serves(Dtype dtype, int rows, int cols) {
@@ -176,7 +184,11 @@ struct Config {
   static constexpr bool is_float32 = sizeof(Element) == 4;
   static constexpr bool is_ragged = ragged_;
   static constexpr bool is_transposed = transposed_;
-  static constexpr int depth = depth_;
+  // What the kernel calls a token is a stack of so many, of which each has token_depth of the rows.
+  static constexpr int stack =
+      sm90::stack(is_float32 ? Dtype::float32 : Dtype::float16, ShapeClass{depth_, cols_});
+  static constexpr int token_depth = depth_;
+  static constexpr int depth = stack * depth_;
   static constexpr int cols = cols_;
   static constexpr int blocks = ShapeClass{depth, cols}.blocks();  // of a cluster
 
@@ -252,10 +264,11 @@ struct Config {
   static constexpr bool bulk_stores = blocks == 1;
   static constexpr int stages_that_fit =
       (227 * 1024 - ring_offset - groups * codes_bytes) / stage_bytes;
-  // Some 96 KiB in flight cover the latency of memory.
-  static constexpr int max_stages = stage_bytes > 8192   ? 12
-                                    : stage_bytes < 2048 ? 48
-                                                         : 96 * 1024 / stage_bytes;
+  // Some 96 KiB in flight cover the latency of memory; each group has two at the least.
+  static constexpr int enough_stages = stage_bytes > 8192   ? 12
+                                       : stage_bytes < 2048 ? 48
+                                                            : 96 * 1024 / stage_bytes;
+  static constexpr int max_stages = enough_stages < 2 * groups ? 2 * groups : enough_stages;
   static constexpr int stages_wanted = stages_that_fit < max_stages ? stages_that_fit : max_stages;
   // A multiple of groups: every stage belongs to one group, which fills it again when it is done.
   static constexpr int stages = stages_wanted / groups * groups;
@@ -271,6 +284,7 @@ struct Config {
   static_assert(stages >= 1);
   static_assert(shared_bytes <= 227 * 1024);
   static_assert(tiles == 1 || slices == 1);
+  static_assert(stack == 1 || (tiles == 1 && slices == 1 && !overlaps && !stages_codes));
   // Whole panels and tiles of columns.
   static_assert(!is_transposed || (cols % (64 * blocks) == 0 && !is_float32 && !is_ragged));
   // Late stores by the copy engine take the order without overlapping for granted, those by threads

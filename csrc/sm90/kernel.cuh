@@ -21,6 +21,10 @@
 // which the first product takes one after the other. A slice of several boxes is asked for by as
 // many threads; as there is room for few slices, all are brought to the L2 cache ahead. The blocks
 // exchange their extremes.
+// In classes of at most 32 rows, tokens come in stacks of as many as fill a tile, one below the
+// other, and the left factor is repeated along the diagonal. What is said of a token is then true
+// of a stack, but that each has its own scale. NaN and Inf reach the others, as zeros do not keep
+// them out: each is then multiplied again by itself.
 // float32: each matrix, times a power of two that brings it into float16's range, is the sum of two
 // float16 matrices (or rounded to one, see Config), and a product that of their products but for
 // the smallest. A token is split in place, by its group, once it has arrived. One whose Y lies so
@@ -37,6 +41,7 @@
 #include "fragment.cuh"
 #include "problem.h"
 #include "quantize.cuh"
+#include "sm80/ampere.cuh"
 #include "sm90/config.h"
 #include "sm90/hopper.cuh"
 #include "sm90/ragged.cuh"
@@ -93,6 +98,26 @@ __device__ __forceinline__ int block_col() {
   return Config::is_transposed ? block_rank<Config>() * 64 * Config::row_tiles : 0;
 }
 
+// The tokens of a problem, or its stacks of them, of which the last may lack some.
+template <class Config>
+__device__ __forceinline__ auto token_count(const Problem& problem) {
+  if constexpr (Config::stack == 1) {
+    return problem.tokens;
+  } else {
+    return (static_cast<uint32_t>(problem.tokens) + Config::stack - 1) / Config::stack;
+  }
+}
+
+// To which token of its stack a row of the stack belongs, and which row of that it is.
+template <class Config>
+__device__ __forceinline__ int token_of_row(int row) {
+  return Config::stack == 1 ? 0 : row / Config::token_depth;
+}
+template <class Config>
+__device__ __forceinline__ int row_in_token(int row) {
+  return Config::stack == 1 ? row : row % Config::token_depth;
+}
+
 // From a group's token to its next one, before any are first come, first served.
 template <class Config>
 __device__ __forceinline__ uint32_t token_step() {
@@ -114,7 +139,7 @@ __device__ void fill(const CUtensorMap& input_map, const Problem& problem,
                      const SharedMemory<Config>& shared, int stage, uint32_t token, int slice = 0,
                      int filler = 0) {
   using Element = typename Config::Element;
-  const bool exists = token < problem.tokens;
+  const bool exists = token < token_count<Config>(problem);
   const int bytes = Config::is_ragged ? problem.rows * problem.cols * 2 : Config::slice_bytes;
   Mbarrier* full = &shared.storage->full[stage];
   if (filler == 0) {
@@ -132,7 +157,7 @@ __device__ void fill(const CUtensorMap& input_map, const Problem& problem,
       const int col = (filler + i * Config::fillers) * Config::box_cols;
       tma_load_3d(&input_map, full, panels + col * Config::slice_rows,
                   Config::slice_col(slice) + col, Config::slice_row(slice),
-                  static_cast<int>(token));
+                  static_cast<int>(token * Config::stack));
     }
   }
 }
@@ -328,15 +353,20 @@ __device__ void start_staging_left(const Problem& problem, const SharedMemory<Co
   const auto copy = [&](auto size) {
     for_each<Config, Config::depth, Config::left_cols / size()>([&](int k, int unit) {
       const int m = block_row<Config>() + size() * unit;
-      const bool inside = k < problem.rows && m < problem.rows;
+      const int row = row_in_token<Config>(k), col = row_in_token<Config>(m);
+      const bool inside = token_of_row<Config>(k) == token_of_row<Config>(m) &&
+                          row < problem.rows && col < problem.rows;
       copy_async<2 * size()>(&shared_left[left_offset<Config>(k, size() * unit)],
-                             left + (inside ? k * problem.rows + m : 0), inside);
+                             left + (inside ? row * problem.rows + col : 0), inside);
     });
   };
   if (left == nullptr || problem.left_repeats != 1 || problem.rows % 2 != 0) {
-    for_each<Config, Config::depth, Config::left_cols>([&](int k, int m) {
-      shared_left[left_offset<Config>(k, m)] =
-          left_element<Element>(problem, k, block_row<Config>() + m);
+    for_each<Config, Config::depth, Config::left_cols>([&](int k, int col) {
+      const int m = block_row<Config>() + col;
+      const bool inside = token_of_row<Config>(k) == token_of_row<Config>(m);
+      shared_left[left_offset<Config>(k, col)] =
+          inside ? left_element<Element>(problem, row_in_token<Config>(k), row_in_token<Config>(m))
+                 : Element(0.0f);
     });
   } else if (Config::is_transposed || problem.rows % 4 != 0) {
     copy(std::integral_constant<int, 2>());
@@ -437,9 +467,10 @@ __device__ __forceinline__ void token_sync(int group) {
 }
 
 // What the threads that work on a token have, reduced and the same in all of them; `all` has a
-// place for each of their warps.
+// place for each of their warps. Of a stack, of the thread's own token; the whole of it to *stack.
 template <class Config, class Reduced>
-__device__ Reduced reduce_group(const Reduced& own, Reduced* all, int group) {
+__device__ Reduced reduce_group(const Reduced& own, Reduced* all, int group,
+                                Reduced* stack = nullptr) {
   Reduced result = warp_reduce(own);
 
   constexpr int warps = Config::group_threads / 32;
@@ -454,7 +485,14 @@ __device__ Reduced reduce_group(const Reduced& own, Reduced* all, int group) {
     }
   }
   token_sync<Config>(group);
-  include_all<Config::blocks * warps>(result, all);
+  if constexpr (Config::stack == 1) {
+    include_all<Config::blocks * warps>(result, all);
+  } else {
+    *stack = result;
+    include_all<warps>(*stack, all);
+    constexpr int token_warps = warps / Config::stack;
+    include_all<token_warps>(result, all + threadIdx.x / 32 % warps / token_warps * token_warps);
+  }
   return result;
 }
 
@@ -591,7 +629,9 @@ template <class Config, class Visit>
 __device__ __forceinline__ void for_each_tile(ThreadRows first, Visit visit) {
 #pragma unroll
   for (int tile = 0; tile < Config::tiles; ++tile) {
-    visit(tile, ThreadRows{first.first_row + 64 * tile, first.quad_lane});
+    ThreadRows rows = first;
+    rows.first_row += 64 * tile;
+    visit(tile, rows);
   }
 }
 
@@ -654,12 +694,83 @@ __device__ __forceinline__ void with_store(const Accumulators<Config>& y, const 
   });
 }
 
-// Calls past_barrier() behind the group's barrier.
+// Two elements of 2 bytes as a register of a fragment has them.
+__device__ __forceinline__ uint32_t pair_of(uint16_t low, uint16_t high) {
+  return low | static_cast<uint32_t>(high) << 16;
+}
+
+// Y of a warp's 16 rows of one token of a stack, without the others. By mma.sync, which a warp
+// issues by itself and which gives the bits of wgmma (test_determinism.py); in loops, and so in
+// local memory, as it is rare and registers are few.
+template <class Config, Outputs outputs>
+__device__ void transform_alone(float (&y)[Config::n / 2], const Problem& problem,
+                                const SharedMemory<Config>& shared, uint32_t token, int stack_index,
+                                ThreadRows thread) {
+  using Operand = typename Config::Operand;
+  constexpr int blocks = Config::n / 8;
+  const auto* const x = static_cast<const uint16_t*>(problem.input) + token * problem.input_stride;
+  const auto* const left = reinterpret_cast<const uint16_t*>(shared.left);
+  const auto* const right = reinterpret_cast<const uint16_t*>(shared.right);
+  const int first_row = stack_index * Config::token_depth;
+  const int lane_row = threadIdx.x % 32 / 4, lane_k = 2 * thread.quad_lane;
+  float w[Config::n / 2], z[Config::n / 2];
+#pragma unroll 1
+  for (int i = 0; i < Config::n / 2; ++i) w[i] = z[i] = 0.0f;
+#pragma unroll 1
+  for (int k = 0; k < Config::token_depth; k += 16) {
+    uint32_t a[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = first_row + k + lane_k + i / 2 * 8;
+      const int m = first_row + thread.first_row + i % 2 * 8;
+      a[i] = pair_of(left[left_offset<Config>(row, m)], left[left_offset<Config>(row + 1, m)]);
+    }
+    const auto element = [&](int row, int col) {
+      const bool inside = row < problem.rows && col < problem.cols;
+      return inside ? x[row * problem.cols + col] : uint16_t{0};
+    };
+#pragma unroll 1
+    for (int block = 0; block < blocks; ++block) {
+      const int row = k + lane_k, col = 8 * block + lane_row;
+      const uint32_t b[] = {pair_of(element(row, col), element(row + 1, col)),
+                            pair_of(element(row + 8, col), element(row + 9, col))};
+      sm80::mma<Operand>(w + 4 * block, a, b);
+    }
+  }
+  constexpr bool is_y = outputs == Outputs::left_only;
+#pragma unroll 1
+  for (int k = 0; !is_y && k < Config::n; k += 16) {
+    uint32_t a[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      a[i] = pack_pair(Operand(), w[k / 2 + 2 * i], w[k / 2 + 2 * i + 1]);
+    }
+#pragma unroll 1
+    for (int block = 0; block < blocks; ++block) {
+      uint32_t b[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = k + lane_k + 8 * i, col = 8 * block + lane_row;
+        constexpr int width = Config::right_width;
+        b[i] = pair_of(right[Panel::offset(width, Config::cols, row, col)],
+                       right[Panel::offset(width, Config::cols, row + 1, col)]);
+      }
+      sm80::mma<Operand>(z + 4 * block, a, b);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < Config::n / 2; ++i) y[i] = is_y ? w[i] : z[i];
+}
+
+// Calls past_barrier() behind the group's barrier. Of a stack, `token` is the thread's own, which
+// may not exist.
 template <class Config, Outputs outputs, class PastBarrier>
 __device__ void epilogue(Accumulators<Config>& y, const Problem& problem,
-                         const SharedMemory<Config>& shared, uint32_t token, ThreadRows thread,
-                         int group, int set, const Ratios& ratios, float least,
+                         const SharedMemory<Config>& shared, uint32_t token, int stack_index,
+                         ThreadRows thread, int group, int set, const Ratios& ratios, float least,
                          PastBarrier past_barrier) {
+  if constexpr (Config::stack > 1) thread.is_stored = token < problem.tokens;
+  Reduced<outputs> of_stack;
   const auto reduce_token = [&](const auto& values, int used) {
     auto& storage = *shared.storage;
     auto own = reduce<Reduced<outputs>>(values[0]);
@@ -670,14 +781,14 @@ __device__ void epilogue(Accumulators<Config>& y, const Problem& problem,
     // So that past the group's barrier all slices have been read but the last one.
     if constexpr (Config::slices_ahead > 1) wgmma_wait_previous();
     if constexpr (outputs == Outputs::simple) {
-      return reduce_group<Config>(own, storage.magnitudes[used][group], group);
+      return reduce_group<Config>(own, storage.magnitudes[used][group], group, &of_stack);
     } else {
-      return reduce_group<Config>(own, storage.extremes[used][group], group);
+      return reduce_group<Config>(own, storage.extremes[used][group], group, &of_stack);
     }
   };
   const auto store = [&](const auto& values, const Reduced<outputs>& reduced) {
     store_token<outputs, true>(
-        problem, token, reduced, ratios, thread.first_row < 16,
+        problem, token, reduced, ratios, thread.is_stored && thread.first_row < 16,
         [&](auto use) {
           with_store<Config, outputs>(values, problem, shared, token, thread, group, use);
         },
@@ -693,20 +804,35 @@ __device__ void epilogue(Accumulators<Config>& y, const Problem& problem,
   };
   const Reduced<outputs> reduced = reduce_token(y, set);
   past_barrier();
-  const float magnitude = reduced.magnitude();
+  const float magnitude = Config::stack == 1 ? reduced.magnitude() : of_stack.magnitude();
   if (!(magnitude < INFINITY) || (Config::is_float32 && magnitude < least)) {
     using Element = typename Config::Element;
-    Accumulators<Config> exact;
-    for_each_tile<Config>(thread, [&](int tile, ThreadRows rows) {
-      if constexpr (Config::is_transposed) {
-        exact_transform_transposed<Element>(exact[tile], problem, token, rows);
+    Accumulators<Config> again;
+    bool is_enough = false;
+    if constexpr (Config::stack > 1) {
+      // NaN or Inf may be another token's.
+      if (thread.is_stored) {
+        transform_alone<Config, outputs>(again[0], problem, shared, token, stack_index, thread);
       } else {
-        exact_transform<Element, outputs>(exact[tile], problem, token, rows);
+#pragma unroll
+        for (float& value : again[0]) value = 0.0f;
       }
-    });
-    const Reduced<outputs> reduced_exact = reduce_token(exact, set ^ 1);
+      is_enough = reduce_token(again, set ^ 1).magnitude() < INFINITY;
+      token_sync<Config>(group);  // all have read both sets
+      set ^= 1;
+    }
+    if (!is_enough) {
+      for_each_tile<Config>(thread, [&](int tile, ThreadRows rows) {
+        if constexpr (Config::is_transposed) {
+          exact_transform_transposed<Element>(again[tile], problem, token, rows);
+        } else {
+          exact_transform<Element, outputs>(again[tile], problem, token, rows);
+        }
+      });
+    }
+    const Reduced<outputs> reduced_again = reduce_token(again, set ^ 1);
     token_sync<Config>(group);  // all have read this set
-    store(exact, reduced_exact);
+    store(again, reduced_again);
   } else {
     store(y, reduced);
   }
@@ -719,9 +845,11 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
   const int warpgroup = warp_uniform(threadIdx.x / 128);
   const int group = warpgroup / Config::group_warpgroups;
   const int row_tile = warpgroup % Config::group_warpgroups;
-  const ThreadRows thread{block_row<Config>() + block_col<Config>() + 64 * row_tile +
-                              static_cast<int>(threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4),
-                          static_cast<int>(threadIdx.x % 4)};
+  const int tile_row = static_cast<int>(threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4);
+  const ThreadRows thread{
+      block_row<Config>() + block_col<Config>() + 64 * row_tile + row_in_token<Config>(tile_row),
+      static_cast<int>(threadIdx.x % 4)};
+  const int stack_index = Config::stack == 1 ? 0 : warp_uniform(token_of_row<Config>(tile_row));
   constexpr auto swizzle = static_cast<Swizzle>(Config::width * 2);
   constexpr int panel_bytes = Config::slice_rows * Config::width * 2;
   constexpr int tile_bytes = Config::k * 128;  // of A
@@ -759,7 +887,7 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
   const auto arrive = [&](uint32_t number = 0) {
     mbarrier_wait(&shared.storage->full[stage], parity);
     const uint32_t token = warp_uniform(shared.storage->tokens[stage]);
-    if constexpr (!overlaps) exit_if(number >= problem.tokens);
+    if constexpr (!overlaps) exit_if(number >= token_count<Config>(problem));
     if constexpr (Config::is_float32) {
       token_split = split_token(shared.ring + stage * Config::stage_bytes, shared, group);
     } else if constexpr (Config::is_ragged) {
@@ -900,12 +1028,14 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
     uint32_t number;  // of the next token
     // So that the staged codes have been read past the epilogue's barrier.
     if constexpr (stores_late && Config::bulk_stores) bulk_store_wait();
-    epilogue<Config, outputs>(y, problem, shared, token, thread, group, set, ratios, least, [&] {
+    const auto past_barrier = [&] {
       number = shared.storage->tokens[stage];
       if constexpr (!Config::refills_early) refill();
       multiply_late();
       refill_ahead(next);
-    });
+    };
+    epilogue<Config, outputs>(y, problem, shared, token * Config::stack + stack_index, stack_index,
+                              thread, group, set, ratios, least, past_barrier);
     set ^= 1;
     staged_token = token;
     if constexpr (stores_late && Config::bulk_stores) {
@@ -961,7 +1091,7 @@ __global__ void __launch_bounds__(Config::threads, 1)
     right.load(problem);
     start_staging_left(problem, shared);
   }
-  TokenSource source(problem, Config::blocks == 1 ? problem.counter : nullptr,
+  TokenSource source(token_count<Config>(problem), Config::blocks == 1 ? problem.counter : nullptr,
                      first + Config::stages / Config::groups * step, Deal<Config>());
   if constexpr (!Config::is_float32) right.store(problem, shared);
   if (Config::slices == 1 && group_thread == 32) {

@@ -54,7 +54,7 @@ CUtensorMap make_input_map(const Problem& problem) {
                               static_cast<cuuint64_t>(problem.tokens)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(problem.cols) * sizeof(Element),
                                 static_cast<cuuint64_t>(problem.input_stride) * sizeof(Element)};
-  const cuuint32_t box[] = {Config::box_cols, Config::slice_rows, 1};
+  const cuuint32_t box[] = {Config::box_cols, Config::slice_rows / Config::stack, Config::stack};
   const cuuint32_t steps[] = {1, 1, 1};
   CUtensorMap map;
   const CUresult result = tensor_map_encoder(problem)(
@@ -76,7 +76,8 @@ void launch_kernel(const Problem& problem, cudaStream_t stream) {
                            Config::shared_bytes),
       "sm90", problem);
   const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, "sm90", problem);
-  const int64_t clusters = std::min(problem.tokens, multiprocessors / Config::blocks);
+  const int64_t tokens = (problem.tokens + Config::stack - 1) / Config::stack;
+  const int64_t clusters = std::min(tokens, multiprocessors / Config::blocks);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(clusters * Config::blocks));
   config.blockDim = dim3(Config::threads);

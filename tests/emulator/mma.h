@@ -34,7 +34,8 @@ class Mma {
     machine().exchange(0xffffffffu, 0, "mma");
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
-      float sum = 0.0f;
+      // In the order of wgmma.h, as hardware gives both the same bits.
+      float sum = d[i];
       for (int k = 0; k < 16; ++k) {
         const int quad_lane = k % 8 / 2, shift = k % 2 * 16;
         const uint32_t pair_a = all[row % 8 * 4 + quad_lane].a[row / 8 + k / 8 * 2];
@@ -42,7 +43,7 @@ class Mma {
         sum += to_float(type, static_cast<uint16_t>(pair_a >> shift)) *
                to_float(type, static_cast<uint16_t>(pair_b >> shift));
       }
-      d[i] += sum;
+      d[i] = sum;
     }
   }
 

@@ -18,7 +18,7 @@ CUtensorMap make_input_map(const Problem& problem) {
                              static_cast<const unsigned char*>(problem.input),
                              {size(problem.cols), size(problem.rows), size(problem.tokens)},
                              {size(problem.cols * element), size(problem.input_stride * element)},
-                             {Config::box_cols, Config::slice_rows, 1},
+                             {Config::box_cols, Config::slice_rows / Config::stack, Config::stack},
                              element,
                              Config::is_float32 ? 0 : Config::width * 2}
       .encode();

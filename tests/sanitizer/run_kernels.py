@@ -117,6 +117,33 @@ def check_quantize(problem: Problem, kernel: str, device: str) -> None:
         check(name, kernel, result, torch.equal(results[0], results[-1]))
 
 
+def check_special(problem: Problem, kernel: str, device: str) -> None:
+    """NaN, Inf and values that overflow on the way, for which tokens are computed again."""
+    x, left, right = problem
+    x = x.clone()
+    for first, value in enumerate((float("nan"), float("inf"), torch.finfo(x.dtype).max), 1):
+        x[first::4] = value
+    usual = torch.arange(len(x)) % 4 == 0
+    quantized, scales = flatquant_dynamic_quantize(
+        *(factor.to(device) for factor in (x, left, right)),
+        1.0,
+        False,
+        device == "cuda",
+        kernel=kernel,
+    )
+    quantized, scales = quantized.cpu(), scales.cpu()
+    exact = float64(problem)[usual]
+    result = accuracy.compare(quantized[usual], scales[usual], exact, 1.0, x.dtype)
+    not_finite = ~scales.isfinite()
+    check(
+        f"{len(left)}x{len(right)} {dtype_name(x.dtype)}, special tokens",
+        kernel,
+        result,
+        bool(not_finite[1::4].all() and not_finite[2::4].all()),
+        not quantized[not_finite].any(),
+    )
+
+
 def check_all(problem: Problem, kernel: str, device: str) -> None:
     """Several outputs, with ratios here and there; Y; with one factor or, by "plain", without."""
     use_cuda = device == "cuda"
@@ -190,6 +217,10 @@ def main() -> int:
                 few = problem._replace(input=problem.input[:40])
                 for kernel in filter(is_wanted, names if device == "cpu" else [*names, "plain"]):
                     check_all(few, kernel, device)
+            if (M, N) in SHAPES_OF_ALL or (M, N) == (16, 16):
+                few = problem._replace(input=problem.input[:15])
+                for kernel in filter(is_wanted, names):
+                    check_special(few, kernel, device)
     counts = ", ".join(f"{count} of {kernel}" for kernel, count in launches.items())
     print(f"launches: {counts}; wrong results: {wrong}")
     return 1 if wrong or not launches else 0
