@@ -17,8 +17,9 @@ from flatquant.packing import unpack_int4
 
 DEVICE = "cpu" if NO_GPU else "cuda"
 
-# One of each kind: multiples of 64 and of 8, sizes that a tensor-core tile must pad on either side,
-# a large factor, N no multiple of 8, nothing a multiple of anything.
+# One of each kind: multiples of 64 and of 8, tokens of which two or four share a tile, sizes that a
+# tensor-core tile must pad on either side, a large factor, N no multiple of 8, nothing a multiple
+# of anything.
 KINDS = [
     (64, 64),
     (32, 64),

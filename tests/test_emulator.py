@@ -428,7 +428,7 @@ def class_cases() -> list[Case]:
     """Each class full and not full, in both dtypes and storages."""
     cases = []
     for i, (depth, cols) in enumerate(shape_classes()):
-        tokens = 227 * 1024 // (2 * depth * cols) + 3  # more than stages
+        tokens = 227 * 1024 // (2 * depth * cols) + 3  # in large classes more than stages
         for dtype, packed in [(FLOAT16, i % 2 == 0), (BFLOAT16, i % 2 == 1)]:
             cases.append(Case(depth, cols, min(tokens, 36), dtype, packed, blocks=1))
             cases.append(Case(depth - 1 - i % 15, cols - 8, 7, dtype, not packed))
@@ -481,6 +481,7 @@ def test_sm90_in_every_class(sm90: Path, tmp_path: Path, case: Case) -> None:
         Case(24, 32, 500, BFLOAT16, packed=False, blocks=3),
         # Stacks.
         Case(32, 64, 27, blocks=1, gap=16),
+        Case(16, 32, 120, blocks=1),
         Case(18, 40, 9, BFLOAT16, clip_ratios=(0.5,)),
         Case(16, 128, 9, has_right=False),  # regrouped to 32 x 64
         Case(64, 16, 9, BFLOAT16, has_left=False),  # to 32 x 32
@@ -567,9 +568,12 @@ def test_sm90_tiny_scales(sm90: Path, tmp_path: Path, packed: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=dtype_name)
-def test_sm90_large_intermediate(sm90: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    """left^T @ X alone would leave float16's range."""
-    case = Case(60, 72, 5, dtype)
+@pytest.mark.parametrize("rows, cols", [(60, 72), (28, 40), (12, 16)])
+def test_sm90_large_intermediate(
+    sm90: Path, tmp_path: Path, rows: int, cols: int, dtype: torch.dtype
+) -> None:
+    """left^T @ X alone would leave float16's range; in stacks, of some tokens."""
+    case = Case(rows, cols, 5, dtype)
     x, left, right = case.random_problem()
     x = x / x.abs().amax(1, keepdim=True) * 2.0 ** torch.tensor([[15], [12], [6], [0], [-6]])
     problem = Problem(x.to(dtype), left * 64, right)
@@ -1155,6 +1159,7 @@ def test_subnormal_tokens(program: Path, tmp_path: Path, kernel: str, case: Case
     "kernel, case",
     [
         ("sm90", Case(60, 72, 3)),
+        ("sm90", Case(30, 40, 3)),  # of a stack
         ("sm90", Case(130, 160, 3)),
         ("sm90", Case(204, 232, 3)),  # of one block only
         ("sm80", Case(60, 74, 3)),

@@ -21,10 +21,10 @@
 // which the first product takes one after the other. A slice of several boxes is asked for by as
 // many threads; as there is room for few slices, all are brought to the L2 cache ahead. The blocks
 // exchange their extremes.
-// In classes of at most 32 rows, tokens come in stacks of as many as fill a tile, one below the
-// other, and the left factor is repeated along the diagonal. What is said of a token is then true
-// of a stack, but that each has its own scale. NaN and Inf reach the others, as zeros do not keep
-// them out: each is then multiplied again by itself.
+// In classes of at most 32 rows, 16-bit tokens come in stacks of as many as fill a tile, one below
+// the other, and the left factor is repeated along the diagonal. What is said of a token is then
+// true of a stack, but that each has its own scale. NaN and Inf reach the others, as zeros do not
+// keep them out: each is then multiplied again by itself.
 // float32: each matrix, times a power of two that brings it into float16's range, is the sum of two
 // float16 matrices (or rounded to one, see Config), and a product that of their products but for
 // the smallest. A token is split in place, by its group, once it has arrived. One whose Y lies so

@@ -59,6 +59,7 @@ SHAPES_OF_ONE = {
     (128, 144, 600): "sm90",
     (142, 192, 300): "sm90",
     (208, 256, 150): "sm90",
+    (32, 64, 3300): "sm90",
     (128, 148, 300): "sm80",
     (40, 131, 9): "sm80",
 }
@@ -123,7 +124,6 @@ def check_special(problem: Problem, kernel: str, device: str) -> None:
     x = x.clone()
     for first, value in enumerate((float("nan"), float("inf"), torch.finfo(x.dtype).max), 1):
         x[first::4] = value
-    usual = torch.arange(len(x)) % 4 == 0
     quantized, scales = flatquant_dynamic_quantize(
         *(factor.to(device) for factor in (x, left, right)),
         1.0,
@@ -132,15 +132,15 @@ def check_special(problem: Problem, kernel: str, device: str) -> None:
         kernel=kernel,
     )
     quantized, scales = quantized.cpu(), scales.cpu()
-    exact = float64(problem)[usual]
-    result = accuracy.compare(quantized[usual], scales[usual], exact, 1.0, x.dtype)
-    not_finite = ~scales.isfinite()
+    finite = scales.isfinite()  # of the largest values too, where Y is in float32's range
+    exact = float64(problem._replace(input=x))[finite]
+    result = accuracy.compare(quantized[finite], scales[finite], exact, 1.0, x.dtype)
     check(
         f"{len(left)}x{len(right)} {dtype_name(x.dtype)}, special tokens",
         kernel,
         result,
-        bool(not_finite[1::4].all() and not_finite[2::4].all()),
-        not quantized[not_finite].any(),
+        bool(finite[::4].all()) and not (finite[1::4].any() or finite[2::4].any()),
+        not quantized[~finite].any(),
     )
 
 
