@@ -100,7 +100,7 @@ __device__ __forceinline__ int block_col() {
 
 // The tokens of a problem, or its stacks of them, of which the last may lack some.
 template <class Config>
-__device__ __forceinline__ auto token_count(const Problem& problem) {
+FLATQUANT_HOST_DEVICE auto token_count(const Problem& problem) {
   if constexpr (Config::stack == 1) {
     return problem.tokens;
   } else {
@@ -704,14 +704,14 @@ __device__ __forceinline__ uint32_t pair_of(uint16_t low, uint16_t high) {
 // local memory, as it is rare and registers are few.
 template <class Config, Outputs outputs>
 __device__ void transform_alone(float (&y)[Config::n / 2], const Problem& problem,
-                                const SharedMemory<Config>& shared, uint32_t token, int stack_index,
+                                const SharedMemory<Config>& shared, uint32_t token,
                                 ThreadRows thread) {
   using Operand = typename Config::Operand;
   constexpr int blocks = Config::n / 8;
   const auto* const x = static_cast<const uint16_t*>(problem.input) + token * problem.input_stride;
   const auto* const left = reinterpret_cast<const uint16_t*>(shared.left);
   const auto* const right = reinterpret_cast<const uint16_t*>(shared.right);
-  const int first_row = stack_index * Config::token_depth;
+  const int first_row = static_cast<int>(token % Config::stack) * Config::token_depth;
   const int lane_row = threadIdx.x % 32 / 4, lane_k = 2 * thread.quad_lane;
   float w[Config::n / 2], z[Config::n / 2];
 #pragma unroll 1
@@ -766,8 +766,8 @@ __device__ void transform_alone(float (&y)[Config::n / 2], const Problem& proble
 // may not exist.
 template <class Config, Outputs outputs, class PastBarrier>
 __device__ void epilogue(Accumulators<Config>& y, const Problem& problem,
-                         const SharedMemory<Config>& shared, uint32_t token, int stack_index,
-                         ThreadRows thread, int group, int set, const Ratios& ratios, float least,
+                         const SharedMemory<Config>& shared, uint32_t token, ThreadRows thread,
+                         int group, int set, const Ratios& ratios, float least,
                          PastBarrier past_barrier) {
   if constexpr (Config::stack > 1) thread.is_stored = token < problem.tokens;
   Reduced<outputs> of_stack;
@@ -812,7 +812,7 @@ __device__ void epilogue(Accumulators<Config>& y, const Problem& problem,
     if constexpr (Config::stack > 1) {
       // NaN or Inf may be another token's.
       if (thread.is_stored) {
-        transform_alone<Config, outputs>(again[0], problem, shared, token, stack_index, thread);
+        transform_alone<Config, outputs>(again[0], problem, shared, token, thread);
       } else {
 #pragma unroll
         for (float& value : again[0]) value = 0.0f;
@@ -1034,8 +1034,8 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
       multiply_late();
       refill_ahead(next);
     };
-    epilogue<Config, outputs>(y, problem, shared, token * Config::stack + stack_index, stack_index,
-                              thread, group, set, ratios, least, past_barrier);
+    epilogue<Config, outputs>(y, problem, shared, token * Config::stack + stack_index, thread,
+                              group, set, ratios, least, past_barrier);
     set ^= 1;
     staged_token = token;
     if constexpr (stores_late && Config::bulk_stores) {

@@ -76,8 +76,8 @@ void launch_kernel(const Problem& problem, cudaStream_t stream) {
                            Config::shared_bytes),
       "sm90", problem);
   const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, "sm90", problem);
-  const int64_t stacks = (problem.tokens + Config::stack - 1) / Config::stack;
-  const int64_t clusters = std::min(stacks, multiprocessors / Config::blocks);
+  const int64_t clusters =
+      std::min<int64_t>(token_count<Config>(problem), multiprocessors / Config::blocks);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(clusters * Config::blocks));
   config.blockDim = dim3(Config::threads);
