@@ -7,18 +7,6 @@
 
 namespace flatquant {
 
-// The number before the addition of one. As an instruction of its own: the compiler would make
-// atomicAdd() one of the warp's, and wait for what it brings.
-__device__ __forceinline__ uint32_t fetch_and_increment(uint32_t* number) {
-#if defined(__CUDA_ARCH__)
-  uint32_t before;
-  asm volatile("atom.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(number) : "memory");
-  return before;
-#else
-  return atomicAdd(number, 1u);
-#endif
-}
-
 // Hands out the tokens that a group's stages are filled with again, in the thread that does so:
 // first those of a fixed share, dealt out in turn; then, as some SMs are slower than others, what
 // is first come, first served. The counter for that is scratch of any content, which block 0 sets
@@ -50,7 +38,10 @@ class TokenSource {
 
  private:
   __device__ uint32_t draw() {
-    if (position_ >= fixed_) return fixed_ < tokens_ ? fetch_and_increment(counter_) : tokens_;
+    if (position_ >= fixed_) {
+      // No addition: the compiler would make one of the warp's of it, which waits for the result.
+      return fixed_ < tokens_ ? atomicInc(counter_, UINT32_MAX - 1) : tokens_;
+    }
     const uint32_t token = position_;
     position_ += deal_.step();
     return token;

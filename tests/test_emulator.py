@@ -1,6 +1,6 @@
 """The kernels' own source, run on the host by the emulator in tests/emulator.
 
-The emulator implements what the PTX ISA says of mbarriers, the copy engine, wgmma, cp.async and
+The emulator implements what the PTX ISA says of mbarriers, TMA, wgmma, cp.async and
 mma, asynchronous and interleaved at random; what breaks a rule ends its process with a message. The
 emulator is tested too: with CuTe's layouts, with the PTX of the functions that it replaces, and
 with mistakes that it must notice.

@@ -43,7 +43,7 @@ constexpr bool has_float32(ShapeClass shape) {
   return is_among(classes, shape);
 }
 
-// The copy engine reads rows in units of 16 bytes. A token whose rows are no multiple of that, but
+// TMA reads rows in units of 16 bytes. A token whose rows are no multiple of that, but
 // which is one itself, as its codes are, arrives as a whole and is cut into rows by its group.
 constexpr bool is_ragged(int cols) { return cols % 8 != 0; }
 
@@ -94,7 +94,7 @@ constexpr int stack(Dtype dtype, ShapeClass shape) {
 
 // Multiply-adds of a token in its class, the padded ones too, where it has one factor only (and is
 // never transposed).
-constexpr int work(Dtype dtype, int rows, int cols) {
+constexpr int multiply_adds(Dtype dtype, int rows, int cols) {
   const ShapeClass shape = shape_classes[find_shape_class(dtype, rows, cols)];
   const int tokens = stack(dtype, shape);
   return 64 * shape.row_tiles() * shape.blocks() * shape.cols *
@@ -122,7 +122,7 @@ constexpr Problem regrouped(const Problem& problem) {
     (cuts ? other.left_repeats : other.right_repeats) = repeats;
     const Dtype dtype = problem.dtype;
     if (!is_ragged(other.cols) && serves(dtype, other.rows, other.cols) &&
-        work(dtype, other.rows, other.cols) < work(dtype, best.rows, best.cols)) {
+        multiply_adds(dtype, other.rows, other.cols) < multiply_adds(dtype, best.rows, best.cols)) {
       best = other;
     }
   }
@@ -138,7 +138,7 @@ constexpr Problem regrouped(const Problem& problem) {
 struct Panel {
   static constexpr int width(int cols) { return cols <= 16 ? 16 : cols <= 32 ? 32 : 64; }
 
-  // Element offset of (k, col), the 16-byte chunks of a row swizzled as the copy engine and wgmma
+  // Element offset of (k, col), the 16-byte chunks of a row swizzled as TMA and wgmma
   // do: address bits 4.. ^= address bits 7..
   static constexpr int offset(int width, int depth, int k, int col) {
     const int in_panel = k * width + col % width;
@@ -256,7 +256,7 @@ struct Config {
   static constexpr int ring_offset = left_offset + parts * left_bytes;
   static constexpr int stage_bytes = round_up(slice_bytes, 1024);
   // Of a group: a token's codes, of int8 at most, transposed ones in quarters that lie in banks of
-  // their own. The copy engine can store them where the block has whole rows.
+  // their own. TMA can store them where the block has whole rows.
   static constexpr bool stages_codes = is_transposed || is_ragged;
   static constexpr int codes_bytes = is_transposed ? depth * right_cols + 4 * 32
                                      : is_ragged   ? 64 * row_tiles * cols
@@ -287,7 +287,7 @@ struct Config {
   static_assert(stack == 1 || (tiles == 1 && slices == 1 && !overlaps && !stages_codes));
   // Whole panels and tiles of columns.
   static_assert(!is_transposed || (cols % (64 * blocks) == 0 && !is_float32 && !is_ragged));
-  // Late stores by the copy engine take the order without overlapping for granted, those by threads
+  // Late stores by TMA take the order without overlapping for granted, those by threads
   // that with it.
   static_assert(!is_transposed || overlaps != bulk_stores);
   static_assert(!overlaps || !is_ragged);

@@ -55,7 +55,7 @@ using Mbarrier = uint64_t;
 __device__ __forceinline__ void mbarrier_init(Mbarrier* barrier, int arrivals) {
   cutlass::arch::ClusterBarrier::init(barrier, arrivals);
 }
-// Makes initialised barriers visible to the copy engine.
+// Makes initialised barriers visible to TMA.
 __device__ __forceinline__ void mbarrier_init_fence() { cutlass::arch::fence_barrier_init(); }
 
 __device__ __forceinline__ void mbarrier_arrive_expect_bytes(Mbarrier* barrier, uint32_t bytes) {
@@ -66,7 +66,7 @@ __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, uint32_t parity
   cutlass::arch::ClusterBarrier::wait(barrier, parity);
 }
 
-// Ordinary shared-memory stores before it are seen by wgmma and the copy engine after it.
+// Ordinary shared-memory stores before it are seen by wgmma and TMA after it.
 __device__ __forceinline__ void fence_proxy_async() { cutlass::arch::fence_view_async_shared(); }
 
 // Starts a copy of 16, 8 or 4 bytes from global to shared memory; zeros arrive if not `condition`.
@@ -83,7 +83,7 @@ __device__ __forceinline__ void copy_async_wait() {
   cute::cp_async_wait<0>();
 }
 
-// --- copy engine ---
+// --- TMA ---
 
 __device__ __forceinline__ void tma_prefetch_map(const CUtensorMap* map) {
   cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
@@ -93,7 +93,7 @@ __device__ __forceinline__ void tma_prefetch_map(const CUtensorMap* map) {
 // tensor arrives as zeros. Completes on `barrier` with the box's bytes.
 __device__ __forceinline__ void tma_load_3d(const CUtensorMap* map, Mbarrier* barrier, void* shared,
                                             int x, int y, int z) {
-  // Measured: evict-first costs 6% at full bandwidth, though every token is read only once.
+  // Not evict-first, though every token is read only once: slower at full bandwidth (NOTES.md).
   cute::SM90_TMA_LOAD_3D::copy(
       map, barrier, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), shared, x, y, z);
 }

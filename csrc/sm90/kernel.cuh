@@ -4,18 +4,18 @@
 // A block is groups of warpgroups; a group works on one token, each of its warpgroups on a tile of
 // 64 rows of W and Y, or a single one on all tiles in turn. Groups work on different tokens, so
 // that the epilogue of one runs beside the products of another. A ring of stages holds the tokens
-// to come; one thread of a group has the copy engine fill a stage again once its token is used. The
-// epilogue reduces the extremes of Y over the group, then quantises the accumulators and stores
-// whole words, for one output after the other; the token is read once and its codes are written
-// once. Without a left factor the identity is staged, as W is then X to the bit; without a right
-// one W is Y, and lanes exchange codes instead. Shared memory: barriers, token numbers and
-// extremes, right, left and the ring, all operands in the panel layout (config.h). One block stays
-// on each SM. Bound by memory, or by tensor cores where rows + cols is large.
-// Where that pads less (is_transposed), the products are
+// to come; one thread of a group has TMA fill a stage again once its token is used. The epilogue
+// reduces the extremes of Y over the group, then quantises the accumulators and stores whole words,
+// for one output after the other; the token is read once and its codes are written once. Without a
+// left factor the identity is staged, as W is then X to the bit; without a right one W is Y, and
+// lanes exchange codes instead. Shared memory: barriers, token numbers and extremes, right, left
+// and the ring, all operands in the panel layout (config.h). One block stays on each SM. Bound by
+// memory, or by tensor cores where rows + cols is large. Where that pads less (is_transposed), the
+// products are
 //   V^T = right^T @ X^T    A = right^T, B = X as it lies, V rounded to the input's dtype
 //   Y^T = V^T @ left       A = V^T, B = left
-// What is said of rows is then true of columns. The codes go through shared memory, from where the
-// copy engine or all threads store them; transposed.cuh has that and what else differs.
+// What is said of rows is then true of columns. The codes go through shared memory, from where TMA
+// or all threads store them; transposed.cuh has that and what else differs.
 // Where one block cannot hold a token's accumulators, the two of a cluster have half of its rows of
 // Y each, or of its columns where transposed. The token arrives in slices of a few rows or columns,
 // which the first product takes one after the other. A slice of several boxes is asked for by as
@@ -30,9 +30,8 @@
 // the smallest. A token is split in place, by its group, once it has arrived. One whose Y lies so
 // far below what its X and the factors could make that float16's smallest number would show is
 // computed again exactly.
-// Tokens whose rows the copy engine cannot read (is_ragged) arrive as their elements follow each
-// other, and their group brings them into panels, in place; their codes leave likewise
-// (ragged.cuh).
+// Tokens whose rows TMA cannot read (is_ragged) arrive as their elements follow each other, and
+// their group brings them into panels, in place; their codes leave likewise (ragged.cuh).
 #pragma once
 
 #include <type_traits>
@@ -220,7 +219,7 @@ __device__ __forceinline__ void for_each(Visit visit) {
 
 // Offsets in shared memory, in elements of a part.
 template <class Config>
-__device__ __forceinline__ int right_offset(int k, int col) {
+__device__ __forceinline__ int right_position(int k, int col) {
   if constexpr (Config::is_transposed) {
     return Panel::offset(Config::right_width, Config::cols, k,
                          TransposedOrder<Config::n>::position_of_column(col));
@@ -230,7 +229,7 @@ __device__ __forceinline__ int right_offset(int k, int col) {
   }
 }
 template <class Config>
-__device__ __forceinline__ int left_offset(int k, int m) {
+__device__ __forceinline__ int left_position(int k, int m) {
   if constexpr (Config::is_transposed) {
     return Panel::offset(Config::b_width, Config::depth, k,
                          TransposedOrder<Config::n>::position_of_row(m));
@@ -288,7 +287,7 @@ class RightFactor {
     if (problem.right == nullptr) return;  // W is Y
     if (!is_whole(problem)) {
       for_each<Config, Config::cols, Config::right_cols>([&](int k, int col) {
-        matrix[right_offset<Config>(k, col)] =
+        matrix[right_position<Config>(k, col)] =
             right_element<Element>(problem, k, block_col<Config>() + col);
       });
       return;
@@ -303,14 +302,14 @@ class RightFactor {
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd) {
           const unsigned halves = odd ? 0x7632 : 0x5410;
-          if (i == 0) first[odd] = right_offset<Config>(row, col + odd);
+          if (i == 0) first[odd] = right_position<Config>(row, col + odd);
           *reinterpret_cast<uint2*>(matrix + first[odd] + further) = make_uint2(
               __byte_perm(pairs[0], pairs[1], halves), __byte_perm(pairs[2], pairs[3], halves));
         }
       } else {
 #pragma unroll
         for (int pair = 0; pair < 4; ++pair) {
-          if (i == 0) first[pair] = right_offset<Config>(row, col + 2 * pair);
+          if (i == 0) first[pair] = right_position<Config>(row, col + 2 * pair);
           *reinterpret_cast<uint32_t*>(matrix + first[pair] + further) = pairs[pair];
         }
       }
@@ -356,7 +355,7 @@ __device__ void start_staging_left(const Problem& problem, const SharedMemory<Co
       const int row = row_in_token<Config>(k), col = row_in_token<Config>(m);
       const bool inside = token_of_row<Config>(k) == token_of_row<Config>(m) &&
                           row < problem.rows && col < problem.rows;
-      copy_async<2 * size()>(&shared_left[left_offset<Config>(k, size() * unit)],
+      copy_async<2 * size()>(&shared_left[left_position<Config>(k, size() * unit)],
                              left + (inside ? row * problem.rows + col : 0), inside);
     });
   };
@@ -364,7 +363,7 @@ __device__ void start_staging_left(const Problem& problem, const SharedMemory<Co
     for_each<Config, Config::depth, Config::left_cols>([&](int k, int col) {
       const int m = block_row<Config>() + col;
       const bool inside = token_of_row<Config>(k) == token_of_row<Config>(m);
-      shared_left[left_offset<Config>(k, col)] =
+      shared_left[left_position<Config>(k, col)] =
           inside ? left_element<Element>(problem, row_in_token<Config>(k), row_in_token<Config>(m))
                  : Element(0.0f);
     });
@@ -441,7 +440,7 @@ __device__ int stage_split_factors(const Problem& problem, const SharedMemory<Co
   const int left_exponent = scale_exponent(bits_float(magnitudes[0]), left_top);
   const float left_scale = power_of_two(left_exponent);
   for_each<Config, Config::depth, 32 * Config::row_tiles>([&](int k, int pair) {
-    store_split<Config>(shared.left, Config::left_bytes, left_offset<Config>(k, 2 * pair),
+    store_split<Config>(shared.left, Config::left_bytes, left_position<Config>(k, 2 * pair),
                         left_scale * left_element<float>(problem, k, 2 * pair),
                         left_scale * left_element<float>(problem, k, 2 * pair + 1));
   });
@@ -449,7 +448,7 @@ __device__ int stage_split_factors(const Problem& problem, const SharedMemory<Co
   const int right_exponent = scale_exponent(bits_float(magnitudes[1]), right_top);
   const float right_scale = power_of_two(right_exponent);
   for_each<Config, Config::cols, Config::cols / 2>([&](int k, int pair) {
-    store_split<Config>(shared.right, Config::right_bytes, right_offset<Config>(k, 2 * pair),
+    store_split<Config>(shared.right, Config::right_bytes, right_position<Config>(k, 2 * pair),
                         right_scale * right_element<float>(problem, k, 2 * pair),
                         right_scale * right_element<float>(problem, k, 2 * pair + 1));
   });
@@ -643,8 +642,8 @@ using StagedCodes = std::conditional_t<Config::is_transposed, StagedColumns<Conf
 template <class Config, Outputs outputs>
 constexpr bool stores_late = Config::stages_codes && outputs == Outputs::simple;
 
-// That: by the copy engine if it can (then all have met the barrier past their
-// fence_proxy_async()), else by all of the group.
+// That: by TMA if it can (then all have met the barrier past their fence_proxy_async()), else by
+// all of the group.
 template <class Config>
 __device__ __forceinline__ void store_staged(const Problem& problem,
                                              const SharedMemory<Config>& shared, void* codes,
@@ -723,7 +722,7 @@ __device__ void transform_alone(float (&y)[Config::n / 2], const Problem& proble
     for (int i = 0; i < 4; ++i) {
       const int row = first_row + k + lane_k + i / 2 * 8;
       const int m = first_row + thread.first_row + i % 2 * 8;
-      a[i] = pair_of(left[left_offset<Config>(row, m)], left[left_offset<Config>(row + 1, m)]);
+      a[i] = pair_of(left[left_position<Config>(row, m)], left[left_position<Config>(row + 1, m)]);
     }
     const auto element = [&](int row, int col) {
       const bool inside = row < problem.rows && col < problem.cols;
@@ -839,12 +838,15 @@ __device__ void epilogue(Accumulators<Config>& y, const Problem& problem,
 }
 
 template <class Config, Outputs outputs>
-__device__ void work(const CUtensorMap& input_map, const Problem& problem,
-                     const SharedMemory<Config>& shared, TokenSource<Deal<Config>>& source,
-                     int factor_exponents) {
+__device__ void mainloop(const CUtensorMap& input_map, const Problem& problem,
+                         const SharedMemory<Config>& shared, TokenSource<Deal<Config>>& source,
+                         int factor_exponents) {
   const int warpgroup = warp_uniform(threadIdx.x / 128);
   const int group = warpgroup / Config::group_warpgroups;
   const int row_tile = warpgroup % Config::group_warpgroups;
+  // One thread of a group fills its stages: of another warp each, as a quarter more instructions
+  // for one of the SM's four schedulers would hold up the others.
+  const bool fills = threadIdx.x % Config::group_threads == group % 4 * 32;
   const int tile_row = static_cast<int>(threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4);
   const ThreadRows thread{
       block_row<Config>() + block_col<Config>() + 64 * row_tile + row_in_token<Config>(tile_row),
@@ -964,7 +966,7 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
   uint32_t refill_token = 0;
   const auto take = [&] {
     if constexpr (takes_ahead) {
-      if (threadIdx.x % Config::group_threads == 0) source.take(&refill_token);
+      if (fills) source.take(&refill_token);
       refill_token = warp_uniform(refill_token);
     }
   };
@@ -977,7 +979,7 @@ __device__ void work(const CUtensorMap& input_map, const Problem& problem,
     const auto refill = [&] {
       if constexpr (Config::slices > 1) {
         fill_first_slices(input_map, problem, shared, used + 1, token + token_step<Config>());
-      } else if (threadIdx.x % Config::group_threads == 0) {
+      } else if (fills) {
         if constexpr (!takes_ahead) source.take(&refill_token);
         fill(input_map, problem, shared, used, refill_token);
       }
@@ -1108,7 +1110,7 @@ __global__ void __launch_bounds__(Config::threads, 1)
   } else {
     cluster_sync();
   }
-  work<Config, outputs>(input_map, problem, shared, source, factor_exponents);
+  mainloop<Config, outputs>(input_map, problem, shared, source, factor_exponents);
 #endif
 }
 

@@ -1,5 +1,5 @@
 // What the sm90 kernel does otherwise with ragged tokens (config.h), whose rows of elements and of
-// codes are no multiple of the copy engine's units: their way into panels and that of their codes.
+// codes are no multiple of TMA's units: their way into panels and that of their codes.
 #pragma once
 
 #include "fragment.cuh"
@@ -97,7 +97,7 @@ class StagedRows {
     }
   }
 
-  // Starts their store by the copy engine, called by a warp.
+  // Starts their store by TMA, called by a warp.
   __device__ __forceinline__ void start_storing(const Problem& problem, void* codes,
                                                 uint32_t token) const {
     if (threadIdx.x % 32 != 0) return;

@@ -1,7 +1,7 @@
 // Runs CUDA kernels on the host, one cluster of blocks after another. The threads of a cluster are
 // fibers of one operating-system thread, which switch where they synchronise; which one goes on is
 // a pseudo-random choice, so that a seed names an interleaving and many seeds explore them. Work of
-// asynchronous units (copy engine, tensor cores) is an event that happens at a random point, late
+// asynchronous units (TMA, tensor cores) is an event that happens at a random point, late
 // or early. What breaks a rule ends the process with a message, and so does a deadlock.
 #pragma once
 
@@ -564,10 +564,9 @@ T atomicOr(T* address, T value) {
   *address = old | value;
   return old;
 }
-template <class T>
-T atomicAdd(T* address, T value) {
-  const T old = *address;
-  *address = old + value;
+inline uint32_t atomicInc(uint32_t* address, uint32_t most) {
+  const uint32_t old = *address;
+  *address = old >= most ? 0 : old + 1;
   return old;
 }
 template <class T>

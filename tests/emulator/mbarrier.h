@@ -37,7 +37,7 @@ class Mbarriers {
   }
   void check_visible_to_async(uint64_t* object) {
     if (!find(object).visible_to_async) {
-      fail("the copy engine may not see the mbarrier at %#x: no fence", shared_address(object));
+      fail("TMA may not see the mbarrier at %#x: no fence", shared_address(object));
     }
   }
 

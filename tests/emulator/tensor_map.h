@@ -1,4 +1,4 @@
-// The copy engine: tiled loads of a 3-D tensor map, whose fields lie in the bytes of CUtensorMap
+// TMA: tiled loads of a 3-D tensor map, whose fields lie in the bytes of CUtensorMap
 // (the true encoding is the driver's secret), and loads and stores of bytes as they follow each
 // other.
 #pragma once

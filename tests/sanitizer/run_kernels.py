@@ -65,7 +65,7 @@ SHAPES_OF_ONE = {
 }
 # Of these the other operators too, with fewer tokens.
 SHAPES_OF_ALL = [(64, 64), (24, 24), (86, 128), (128, 148), (208, 256), (13, 17), (1, 8)]
-# Where sm90 has the copy engine store codes of 16-bit inputs, which initcheck does not see.
+# Where sm90 has TMA store codes of 16-bit inputs, which initcheck does not see.
 BULK_STORES = {(86, 128), (142, 192), (48, 60), (128, 148)}
 CLIP_RATIOS = [1.0, (0.9, 0.3), (1e-4, 1.0)]
 
@@ -181,7 +181,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", help="cpu tries the suite on the reference")
     parser.add_argument(
-        "--no-bulk-stores", action="store_true", help="without sm90 where the copy engine stores"
+        "--no-bulk-stores", action="store_true", help="without sm90 where TMA stores"
     )
     parser.add_argument("--kernel", help="this one alone, such as sm80")
     arguments = parser.parse_args()
