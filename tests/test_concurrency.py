@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from launches import (
 from problems import DTYPES, NO_GPU, Problem, random_problem
 from torch import Tensor
 
-from flatquant import available_kernels, flatquant_dynamic_quantize
+from flatquant import available_kernels, flatquant_dynamic_quantize, kronecker_transform
 
 pytestmark = pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)
 
@@ -75,6 +76,46 @@ def test_a_call_returns_while_its_stream_is_still_busy(M: int, N: int) -> None:
         stream.synchronize()
         assert busy, f"{kernel} waited for its stream ({elapsed:.3f} s)"
         assert equal(got, quantize(problem, kernel)), kernel
+
+
+@pytest.mark.parametrize("in_graph", [False, True], ids=["calls", "graph"])
+@pytest.mark.parametrize("tokens", [1, 140, 3000])
+@pytest.mark.parametrize("M, N", [(64, 64), (32, 48), (96, 128), (128, 148), (208, 256)])
+def test_a_call_waits_for_what_the_one_before_it_writes(
+    M: int, N: int, tokens: int, in_graph: bool
+) -> None:
+    """sm90 starts under the end of an sm90 before it (programmatic dependent launch)."""
+    x, left, right = random_problem(M, N, tokens, torch.float16, DEVICE)
+    steps = 4
+
+    def chain(wait: Callable[[], None]) -> list[Tensor]:
+        results, y, factor = [], x, left
+        for _ in range(steps):
+            y = kronecker_transform(y, factor, right)  # read by the next two
+            wait()
+            results += flatquant_dynamic_quantize(y, factor, right)
+            wait()
+            # The next left factor: M * M elements of Y, seen as M tokens.
+            source = y[:1].flatten().repeat(M)[: M * M].view(M, M)
+            source = source / (source.abs().max() * M**0.5)
+            factor = kronecker_transform(source, None, factor)
+            wait()
+        return [*results, y, factor]
+
+    expected = chain(torch.cuda.synchronize)
+    if in_graph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = chain(lambda: None)
+        for _ in range(3):
+            for tensor in captured:
+                tensor.zero_()
+            graph.replay()
+            assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    else:
+        for _ in range(3):
+            results = chain(lambda: None)
+            assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 def test_several_streams_and_all_kernels_in_one_cuda_graph() -> None:

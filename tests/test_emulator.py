@@ -348,6 +348,7 @@ def test_functions_are_the_instructions_emulated(
 
 
 MISTAKES = {
+    "no wait for the kernel before": "before the wait for the previous kernel",
     "no init": "no mbarrier was initialised",
     "no init fence": "no fence",
     "overwritten barrier": "overwritten",

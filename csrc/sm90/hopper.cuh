@@ -83,6 +83,14 @@ __device__ __forceinline__ void copy_async_wait() {
   cute::cp_async_wait<0>();
 }
 
+// --- programmatic dependent launch ---
+
+// The next kernel of the stream may begin, if it was launched to; it waits as this one does.
+__device__ __forceinline__ void start_next_kernel() { cudaTriggerProgrammaticLaunchCompletion(); }
+// Returns once the kernels before this one have ended: what they wrote is there, and what they read
+// may be overwritten.
+__device__ __forceinline__ void wait_for_previous_kernel() { cudaGridDependencySynchronize(); }
+
 // --- TMA ---
 
 __device__ __forceinline__ void tma_prefetch_map(const CUtensorMap* map) {

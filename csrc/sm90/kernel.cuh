@@ -1061,6 +1061,7 @@ template <class Config, Outputs outputs>
 __global__ void __launch_bounds__(Config::threads, 1)
     kernel(const __grid_constant__ CUtensorMap input_map, const __grid_constant__ Problem problem) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
+  start_next_kernel();
   const SharedMemory<Config> shared(dynamic_shared_memory());
   const int group = threadIdx.x / Config::group_threads;
   const uint32_t first = blockIdx.x / Config::blocks + group * (gridDim.x / Config::blocks);
@@ -1072,13 +1073,17 @@ __global__ void __launch_bounds__(Config::threads, 1)
     if constexpr (!Config::is_ragged) tma_prefetch_map(&input_map);
     mbarrier_init(&shared.storage->full[group], 1);
     mbarrier_init_fence();
-    if constexpr (Config::slices == 1) fill(input_map, problem, shared, group, first);
+    if constexpr (Config::slices == 1) {
+      wait_for_previous_kernel();
+      fill(input_map, problem, shared, group, first);
+    }
   } else if (group_thread == 32) {
     for (int stage = group + Config::groups; stage < Config::stages; stage += Config::groups) {
       mbarrier_init(&shared.storage->full[stage], 1);
     }
     mbarrier_init_fence();
   }
+  wait_for_previous_kernel();
   if constexpr (Config::slices > 1) {
     __syncthreads();
     fill_first_slices(input_map, problem, shared, 0, first);

@@ -83,11 +83,14 @@ void launch_kernel(const Problem& problem, cudaStream_t stream) {
   config.blockDim = dim3(Config::threads);
   config.dynamicSmemBytes = Config::shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {Config::blocks, 1, 1};
-  config.attrs = &cluster;
-  config.numAttrs = Config::blocks > 1 ? 1 : 0;
+  // Its first thousand cycles may run beside the end of a kernel that allows it, as this one does.
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {Config::blocks, 1, 1};
+  config.attrs = attributes;
+  config.numAttrs = Config::blocks > 1 ? 2 : 1;
   check_cuda(cudaLaunchKernelEx(&config, kernel<Config, outputs>, map, problem), "sm90", problem);
 }
 

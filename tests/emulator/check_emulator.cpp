@@ -23,6 +23,7 @@ static void store_product(const float (&d)[size / 2]) {
 }
 
 static void kernel(const CUtensorMap& map_a, const CUtensorMap& map_b) {
+  if (!makes("no wait for the kernel before")) wait_for_previous_kernel();
   unsigned char* const memory = dynamic_shared_memory();
   auto* full = reinterpret_cast<Mbarrier*>(memory);
   unsigned char *a = memory + 1024, *b = a + matrix_bytes;
@@ -101,6 +102,7 @@ static void cluster_kernel() {
 alignas(16) static int stored[2][64];
 
 static void store_kernel() {
+  wait_for_previous_kernel();
   int* const numbers = reinterpret_cast<int*>(dynamic_shared_memory());
   for (int round = 0; round < 2; ++round) {
     numbers[threadIdx.x] = 64 * round + static_cast<int>(threadIdx.x);

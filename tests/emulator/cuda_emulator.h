@@ -170,6 +170,7 @@ struct Thread {
   ucontext_t context;
   unsigned char* stack = nullptr;
   bool done = false;
+  bool has_waited = false;  // for the kernel before this one
   const std::function<std::string()>* waits_for = nullptr;
 };
 
@@ -347,7 +348,7 @@ class Machine {
     for (int i = 0; i < cluster_threads(); ++i) {
       Thread& thread = pool_[i];
       if (!thread.stack) thread.stack = new_stack();
-      thread.done = false;
+      thread.done = thread.has_waited = false;
       getcontext(&thread.context);
       thread.context.uc_stack.ss_sp = thread.stack;
       thread.context.uc_stack.ss_size = stack_bytes;

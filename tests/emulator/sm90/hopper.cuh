@@ -39,8 +39,18 @@ inline void mbarrier_wait(Mbarrier* barrier, uint32_t parity) {
   emulator::mbarriers().wait(barrier, parity);
 }
 
+inline void start_next_kernel() {}
+inline void wait_for_previous_kernel() { emulator::machine().self().has_waited = true; }
+// Before an access to memory that the kernel before may write or read. Ordinary ones go unseen.
+inline void check_waited() {
+  if (!emulator::machine().self().has_waited) {
+    emulator::fail("an access to memory before the wait for the previous kernel");
+  }
+}
+
 template <int bytes>
 void copy_async(void* shared, const void* global, bool condition) {
+  check_waited();
   emulator::async_copies().issue(shared, global, bytes, condition);
 }
 inline void copy_async_wait() {
@@ -53,16 +63,20 @@ inline void fence_proxy_async() { emulator::machine().shared().publish(); }
 inline void tma_prefetch_map(const CUtensorMap* map) { emulator::TensorMap::decode(map); }
 inline void tma_load_3d(const CUtensorMap* map, Mbarrier* barrier, void* shared, int x, int y,
                         int z) {
+  check_waited();
   emulator::tma_load(map, barrier, shared, x, y, z);
 }
 inline void tma_prefetch_3d(const CUtensorMap* map, int x, int, int) {
+  check_waited();
   emulator::tma_prefetch(map, x);
 }
 
 inline void bulk_load(const void* global, Mbarrier* barrier, void* shared, int bytes) {
+  check_waited();
   emulator::bulk_load(global, barrier, shared, bytes);
 }
 inline void bulk_store(const void* shared, void* global, int bytes) {
+  check_waited();
   emulator::bulk_stores().issue(shared, global, bytes);
 }
 inline void bulk_store_wait() { emulator::bulk_stores().wait(); }
