@@ -26,7 +26,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError
 
 ROOT = Path(__file__).resolve().parent
-DEFAULT_ARCHS = "60;61;70;75;80;86;89;90a;100;120"  # those of them that the toolkit knows
+DEFAULT_ARCHS = "60;61;70;75;80;86;89;90a;100;103;120"  # those of them that the toolkit knows
 NINJA_RULES = """\
 rule compile
   command = $compiler -MD -MF $out.d -c $in -o $out
@@ -76,14 +76,17 @@ def parse_archs(text: str, toolkit: Toolkit) -> list[str]:
     archs: dict[tuple[int, str], str] = {}
     for word in re.findall(r"[^;,\s]+", text):
         match = re.fullmatch(r"(\d+\.\d|\d{2,3})([af]?)(\+PTX)?", word)
-        if not match:
+        number = match[1].replace(".", "") if match else ""
+        # sm_90a is the first that ends in a, sm_100f the first in f.
+        if not match or int(number) < {"": 0, "a": 90, "f": 100}[match[2]]:
             raise BuildError(f"{word!r} in {text!r} is no architecture; write 80;90a or 8.0;9.0")
-        number = match[1].replace(".", "")
         if number not in toolkit.known:
+            known = sorted(toolkit.known, key=int)
+            other = "an older" if int(number) < int(known[0]) else "another, or a newer"
             raise BuildError(
                 f"CUDA {toolkit.version} ({toolkit.nvcc}) cannot compile for {word}, asked for in "
-                f"{text!r}; it knows {' '.join(sorted(toolkit.known, key=int))}. "
-                f"Choose with FLATQUANT_CUDA_ARCHS; 60, 61 and 70 need a CUDA 12 toolkit."
+                f"{text!r}; it knows {' '.join(known)}. Choose with FLATQUANT_CUDA_ARCHS, or take "
+                f"{other} toolkit; CUDA 12 was the last for 60, 61 and 70."
             )
         key = int(number), "a" if number == "90" else match[2]
         archs[key] = archs.get(key) or match[3] or ""

@@ -89,6 +89,9 @@ def calibrate(
         seed: of the starting rotations and of the batches.
         progress: show a progress bar on standard error, where that is a terminal.
 
+    Returns:
+        The factors and clip logits, on the device of the samples, and the errors without and with.
+
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, device or number; samples or a weight that are not finite, or so

@@ -63,7 +63,12 @@ def clip_ratio_from_logits(max_logit: Tensor, min_logit: Tensor) -> tuple[Tensor
 
     Returns:
         ``sigmoid`` of either in float32, on its device: (max side, min side).
+
+    Raises:
+        TypeError: no floating-point tensor.
     """
+    check_float("max_logit", max_logit)
+    check_float("min_logit", min_logit)
     return torch.sigmoid(max_logit.float()), torch.sigmoid(min_logit.float())
 
 
@@ -171,7 +176,12 @@ class FlatQuantActivation(nn.Module):
         return self.clip_ratio_max, self.clip_ratio_min
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``(quantized, scales)`` of x ``[..., features]``; on the CPU by the reference."""
+        """``(quantized, scales)`` of x ``[..., features]``; on the CPU by the reference.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError, RuntimeError: as
+                :func:`flatquant_dynamic_quantize`; its dtype must be that of the matrices.
+        """
         return flatquant_dynamic_quantize(
             x,
             self.matrix_left,
@@ -290,10 +300,13 @@ def save_flat_matrices(
             equal matrices and an equal ``diag_scale``.
 
     Raises:
+        TypeError: layers of another type.
         ValueError: a module that the file cannot hold: a name for which it has no key, matrices
             other than those of its place, or other than those of the same transform elsewhere.
         torch.linalg.LinAlgError: a matrix that has no inverse.
     """
+    if not isinstance(layers, Mapping) or not all(isinstance(m, Mapping) for m in layers.values()):
+        raise TypeError(f"layers must be a dict of dicts of modules, got {_describe(layers)}")
     file: dict[int, dict[str, Tensor]] = {}
     for number, modules in layers.items():
         tensors: dict[str, Tensor | None] = {}

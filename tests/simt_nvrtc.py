@@ -3,13 +3,15 @@
     python tests/simt_nvrtc.py simt.ptx              # PTX for compute_60
     FLATQUANT_SIMT_PTX=simt.ptx python -m pytest tests/test_old_gpus.py
 
-The second line runs that PTX on a GPU whose machine need not have NVRTC. NVRTC and the headers it
+The second line runs that PTX on a GPU whose machine need not have NVRTC. The PTX ends in the digest
+of its source. NVRTC and the headers it
 wants are in the test extra (Linux on x86-64): nvidia-cuda-nvrtc-cu12 and nvidia-cuda-runtime-cu12.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -54,6 +56,14 @@ typedef long long int64_t;
 typedef unsigned long long uint64_t, uintptr_t;
 """,
 }
+
+
+def source_digest() -> str:
+    """SHA-256 of all that the PTX is made of, as a PTX comment."""
+    digest = hashlib.sha256(SOURCE.encode())
+    for path in sorted(CSRC.rglob("*.h")) + sorted(CSRC.rglob("*.cuh")):
+        digest.update(path.read_bytes())
+    return f"// source: {digest.hexdigest()}"
 
 
 class NvrtcMissing(Exception):
@@ -124,4 +134,5 @@ def compile_simt(architecture: str) -> bytes:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(f"usage: {sys.argv[0]} FILE")
-    Path(sys.argv[1]).write_bytes(compile_simt("compute_60"))
+    ptx = compile_simt("compute_60").rstrip(b"\0").decode()
+    Path(sys.argv[1]).write_text(f"{ptx}{source_digest()}\n", encoding="utf-8")

@@ -166,7 +166,9 @@ def test_parse_archs(text: str, archs: list[str]) -> None:
     assert build.parse_archs(text, toolkit(CUDA_13)) == archs
 
 
-@pytest.mark.parametrize("text", ["Hopper", "sm_90", "9", "9.0.0", "80+ptx", "90b", "80-90"])
+@pytest.mark.parametrize(
+    "text", ["Hopper", "sm_90", "9", "9.0.0", "80+ptx", "90b", "80-90", "80a", "90f"]
+)
 def test_malformed_arch(text: str) -> None:
     with pytest.raises(build.BuildError, match=re.escape(repr(text))):
         build.parse_archs(text, toolkit(CUDA_13))
@@ -178,9 +180,10 @@ def test_arch_that_the_toolkit_does_not_know() -> None:
         build.parse_archs(original_readme, toolkit(CUDA_13))
     for part in ("CUDA 13.0", "/cuda/bin/nvcc", "6.0", " ".join(CUDA_13), "FLATQUANT_CUDA_ARCHS"):
         assert part in str(error.value)
+    assert "take an older toolkit; CUDA 12 was the last" in str(error.value)
     archs = build.parse_archs(original_readme, toolkit(CUDA_12, "12.4"))
     assert archs == ["60", "61", "70", "75", "80", "86", "89", "90a"]
-    with pytest.raises(build.BuildError, match=r"CUDA 12\.4 .* cannot compile for 120"):
+    with pytest.raises(build.BuildError, match=r"CUDA 12\.4 .* for 120.*or a newer toolkit"):
         build.parse_archs("80;120", toolkit(CUDA_12, "12.4"))
 
 
@@ -190,8 +193,8 @@ def test_arch_that_the_toolkit_does_not_know() -> None:
         ("80", "9.0", "80"),
         ("", "9.0", "90a"),
         (None, "8.9", "89"),
-        (None, None, "75 80 86 89 90a 100 120"),
-        ("", " ", "75 80 86 89 90a 100 120"),
+        (None, None, "75 80 86 89 90a 100 103 120"),
+        ("", " ", "75 80 86 89 90a 100 103 120"),
     ],
 )
 def test_wanted_archs(

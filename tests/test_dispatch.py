@@ -66,14 +66,16 @@ def test_a_binary_without_code_for_the_gpu_says_what_it_has_and_what_to_do(
     assert ask(program, [(capability, architectures, FLOAT32, 24, 24)]) == [message + rebuild]
 
 
-@pytest.mark.parametrize("capability", [60, 75, 80, 86, 89, 90, 100, 103, 120])
-def test_every_model_size_has_a_tensor_core_kernel_from_ampere_on(
-    program: Path, capability: int
-) -> None:
-    architectures = "60;75;80;86;89;90a;100;120"
+@pytest.mark.parametrize("capability", [60, 61, 70, 75, 80, 86, 89, 90, 100, 103, 120])
+def test_the_kernels_of_every_model_size(program: Path, capability: int) -> None:
+    """Prints the table (pytest -s): 16-bit inputs go to tensor cores from Ampere on."""
+    architectures = "60;61;70;75;80;86;89;90a;100;103;120"
+    print(f"\ncompute capability {capability / 10}: float16, bfloat16, float32")
+    rows: dict[tuple[int, int], list[str]] = {size: [] for size in shapes.SIZES}
     for dtype in (FLOAT16, BFLOAT16, FLOAT32):
         questions = [(capability, architectures, dtype, M, N) for M, N in shapes.SIZES]
         for (M, N), answer in zip(shapes.SIZES, ask(program, questions), strict=True):
+            rows[M, N].append(answer)
             expected = ["simt"]
             if dtype != FLOAT32 and capability >= 80:
                 expected.insert(0, "sm80")
@@ -82,6 +84,8 @@ def test_every_model_size_has_a_tensor_core_kernel_from_ampere_on(
             if capability == 90 and on_sm90 and is_fit:
                 expected.insert(0, "sm90")
             assert answer.split(",") == expected, (M, N, dtype)
+    for (M, N), answers in rows.items():
+        print(f"{M:>4}x{N:<4}" + "".join(f"{answer:<16}" for answer in answers).rstrip())
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,8 @@ def test_clip_ratios_are_sigmoids_in_float32() -> None:
     for ratio, value in zip(ratios, expected, strict=True):
         assert ratio.dtype == torch.float32
         assert ratio.item() == pytest.approx(value, rel=1e-6)
+    with pytest.raises(TypeError, match=r"min_logit must be a torch.Tensor, got float"):
+        clip_ratio_from_logits(torch.ones(1), 4.0)  # type: ignore[arg-type]
 
 
 def test_a_loaded_file_gives_flatquants_results(path: Path, layers: dict) -> None:
@@ -421,6 +423,9 @@ def test_a_weight_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
 
 
 def test_what_the_file_has_no_key_for_is_not_saved(tmp_path: Path) -> None:
+    for layers in ([1], {0: [1]}):
+        with pytest.raises(TypeError, match="layers must be a dict of dicts of modules, got"):
+            save_flat_matrices(tmp_path / "x.pth", layers)  # type: ignore[arg-type]
     two_sided = FlatQuantActivation(torch.eye(3), torch.eye(8))
     message = "layer 2: self_attn.o_proj must have matrix_left, got matrix_left and matrix_right"
     with pytest.raises(ValueError, match=message):

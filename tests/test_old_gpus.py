@@ -17,7 +17,7 @@ import pytest
 import torch
 from host_programs import compile_program, output_of
 from problems import DTYPES, NO_GPU, Problem, dtype_name, random_problem
-from simt_nvrtc import NvrtcMissing, compile_simt
+from simt_nvrtc import NvrtcMissing, compile_simt, source_digest
 from torch import Tensor
 
 from flatquant import flatquant_dynamic_quantize
@@ -163,7 +163,9 @@ class Module:
 @pytest.fixture(scope="module")
 def pascal() -> Iterator[Module]:
     path = os.environ.get("FLATQUANT_SIMT_PTX")
-    module = Module(Path(path).read_bytes() if path else compiled("compute_60"))
+    ptx = Path(path).read_bytes() if path else compiled("compute_60")
+    assert not path or source_digest().encode() in ptx, f"{path} is of another source"
+    module = Module(ptx)
     yield module
     module.check(module.driver.cuModuleUnload(module.handle))
 
