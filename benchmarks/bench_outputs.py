@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         describe(
             {
                 "environment": environment,
-                "method": {"cuda_graph": False},
+                "method": {"cuda_graph": False, "cold_l2": True},
                 "rates": rates
                 and {"copy_gb_per_s": rates.copy, "matmul_tflop_per_s": rates.matmul},
             }

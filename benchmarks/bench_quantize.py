@@ -8,7 +8,8 @@ floor = max(bytes / copy rate, FLOPs / matmul rate), both rates measured in the 
 copy of 4 GiB, bytes read + written, and an 8192^3 matrix product. GB/s and TFLOP/s count what the
 operator must move and compute, whatever an implementation does. Times are medians of single calls
 with a cold L2 cache on random data, the spread is their 10th to 90th percentile; with --cuda-graph
-the call is replayed from a graph. Memory is what a call allocates at most, results included.
+the call is replayed from a graph; with --warm many calls follow each other in one, and the L2 cache
+is as they leave it. Memory is what a call allocates at most, results included.
 
 torch.compile and FlatQuant's own kernel, which tunes itself, take 10 s and more to prepare for each
 size: they run only at the sizes of --slow-peers-at. Without a GPU the reference in PyTorch is
@@ -84,6 +85,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--flatquant-repo", type=Path, metavar="PATH", help="FlatQuant's checkout")
     parser.add_argument("--cuda-graph", action="store_true", help="replay calls from a CUDA graph")
+    parser.add_argument(
+        "--warm", action="store_true", help="a call among others in a CUDA graph, L2 cache warm"
+    )
     parser.add_argument("--repeats", type=int, default=30, help="timed calls, at most")
     parser.add_argument("--commit", help="recorded in the JSON if this is no git checkout")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
@@ -107,8 +111,8 @@ def run(options: argparse.Namespace, write: Write = print) -> dict[str, Any]:
         "schema": SCHEMA,
         "environment": measure.environment(options.commit),
         "method": {
-            "cuda_graph": options.cuda_graph,
-            "cold_l2": DEVICE == "cuda",
+            "cuda_graph": options.cuda_graph or options.warm,
+            "cold_l2": DEVICE == "cuda" and not options.warm,
             "repeats": options.repeats,
             "statistic": "median of single calls, 10th and 90th percentile",
         },
@@ -190,7 +194,11 @@ def measure_problem(
                 entry["mismatch"] = (other != codes).float().mean().item()
             del output  # large problems need its memory
             timing = measure.timed(
-                call, problem.inputs, options.repeats, cuda_graph=options.cuda_graph
+                call,
+                problem.inputs,
+                options.repeats,
+                cuda_graph=options.cuda_graph,
+                warm=options.warm,
             )
             result["implementations"][name] = {**timing._asdict(), **entry}
         except peers.CannotRun as reason:
@@ -258,6 +266,7 @@ def describe(report: dict[str, Any]) -> str:
             "on the CPU, flatquant is its reference in PyTorch"
         )
     graph = ", calls replayed from CUDA graphs" if report["method"]["cuda_graph"] else ""
+    graph += "" if report["method"]["cold_l2"] else ", L2 cache warm"
     matmul = ", ".join(
         f"{dtype} matmul {rate:.0f} TFLOP/s" for dtype, rate in rates["matmul_tflop_per_s"].items()
     )

@@ -3,9 +3,9 @@
     python benchmarks/publish.py            # after new files in benchmarks/results/
     python benchmarks/publish.py --check    # changes nothing; status 1 if a page does not agree
 
-The results are the files of `bench_quantize.py --json` in benchmarks/results/: models.json holds
-the sizes of all models, further files may hold more. What stands between the two marks in a page is
-written here; nothing between them is written by hand.
+The results are the files of `bench_quantize.py --json` in benchmarks/results/, by the commands that
+the README there names: models.json holds the sizes of all models, the others more. What stands
+between the two marks in a page is written here; nothing between them is written by hand.
 """
 
 from __future__ import annotations
@@ -35,11 +35,28 @@ Written by `python benchmarks/publish.py` from the files here, which a GPU made 
 python benchmarks/bench_quantize.py --model all --tokens 16384 131072 --repeats 20 \\
   --flatquant-repo PATH --json benchmarks/results/models.json
 python benchmarks/bench_quantize.py --features 4096 14336 --tokens 1 16 64 256 1024 4096 16384 \\
-  --cuda-graph --repeats 20 --json benchmarks/results/tokens.json
-```"""
+  --cuda-graph --repeats 20 --flatquant-repo PATH --json benchmarks/results/tokens.json
+python benchmarks/bench_quantize.py --features 4096 8192 14336 28672 --tokens 1 64 --warm \\
+  --peers triton products --json benchmarks/results/decode.json
+python benchmarks/bench_quantize.py --model all --features 5376 6144 7168 9216 10240 17408 17920 \\
+  18432 21504 32768 36864 --tokens 1024 4096 16384 131072 --peers copy --repeats 20 \\
+  --json benchmarks/results/sizes.json
+python benchmarks/bench_quantize.py --features 4096 8192 14336 28672 --dtypes bfloat16 float32 \\
+  tf32 --storage int32 int8 --peers copy --repeats 20 --json benchmarks/results/dtypes.json
+python benchmarks/bench_quantize.py --features 4096 8192 14336 28672 --kernel sm80 --peers copy \\
+  --repeats 20 --json benchmarks/results/sm80.json
+python benchmarks/bench_quantize.py --features 4096 14336 --kernel simt --peers eager \\
+  --repeats 20 --json benchmarks/results/simt.json
+```
+
+without anything else on the GPU. `tf32` is float32 with torch's matmul precision at `high`, and
+`decode.json` has warm calls, all others cold ones. Storage is int32 and the kernel `sm90` where no
+other is named."""
 # README shows the sizes of these; results/README.md all that were measured.
 SHOWN_MODELS = ["llama-3-8b", "llama-3-70b", "qwen2.5-7b", "llama-2-7b"]
 PLOTS = ["roofline", "tokens", "models"]
+PLOTTED = ["models.json", "tokens.json"]
+USUAL = {"int32", "sm90"}  # storage and kernel that go without saying
 PEERS = [name for name in LABELS if name not in ("flatquant", "copy")]
 
 TEXTS = {
@@ -49,7 +66,8 @@ TEXTS = {
         "columns": ["features (M x N)", "tokens", "dtype", "flatquant", "floor", "floor / time"],
         "labels": LABELS,
         "loses": "Slower than a peer (flatquant's time over the peer's): {list}.",
-        "wins": "No peer is faster at any of the {count} measured sizes.",
+        "wins": "None of these peers is faster; they ran in so many of the {count} measurements: "
+        "{list}.",
         "loss": "{features} at {tokens:,} tokens, {dtype}, {storage} ({label}, {ratio:.2f})",
     },
     "zh": {
@@ -65,7 +83,7 @@ TEXTS = {
             "copy": "拷贝同样字节",
         },
         "loses": "慢于对照的情形（flatquant 用时与对照之比）：{list}。",
-        "wins": "在测量的 {count} 个规模上，没有更快的对照。",
+        "wins": "以下对照均不更快；{count} 次测量中各自运行的次数：{list}。",
         "loss": "{features}、{tokens:,} 个 token、{dtype}、{storage}（{label}，{ratio:.2f}）",
     },
 }
@@ -84,7 +102,7 @@ def section(report: dict[str, Any], language: str, features: Sequence[int] | Non
         text["where"].format(
             **{**environment, "commit": (environment["commit"] or "?")[:7]},
             copy=rates["copy_gb_per_s"] / 1e3,
-            matmul=rates["matmul_tflop_per_s"]["float16"],
+            matmul=max(rates["matmul_tflop_per_s"].values()),
         ),
         "",
         "| " + " | ".join([*text["columns"], *(labels[name] for name in columns)]) + " |",
@@ -96,18 +114,18 @@ def section(report: dict[str, Any], language: str, features: Sequence[int] | Non
         cells = [
             f"{result['features']} ({result['rows']}x{result['cols']})",
             f"{result['tokens']:,}",
-            result["dtype"],
+            ", ".join([result["dtype"], *sorted({result["storage"], result["kernel"]} - USUAL)]),
             _us(us),
             _us(result["floor_us"]),
             f"{result['floor_us'] / us:.2f}",
             *(_us(entries[name]["us"]) if name in entries else "-" for name in columns),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", verdict(report, language)])
+    return "\n".join([*lines, "", verdict(report, language)]).rstrip()
 
 
 def verdict(report: dict[str, Any], language: str) -> str:
-    """Where a peer is faster, or that none is."""
+    """Where a peer is faster, or that none is; empty if none ran."""
     text = TEXTS[language]
     ran = [result for result in report["results"] if "flatquant" in result["implementations"]]
     losses = [
@@ -122,8 +140,12 @@ def verdict(report: dict[str, Any], language: str) -> str:
         if name in result["implementations"]
         and result["implementations"][name]["us"] < result["implementations"]["flatquant"]["us"]
     ]
-    joined = ("、" if language == "zh" else "; ").join(losses)
-    return text["loses"].format(list=joined) if losses else text["wins"].format(count=len(ran))
+    counts = {name: sum(name in result["implementations"] for result in ran) for name in PEERS}
+    runs = [f"{text['labels'][name]} {count}" for name, count in counts.items() if count]
+    joined = ("、" if language == "zh" else "; ").join(losses or runs)
+    if not runs:
+        return ""
+    return text["loses" if losses else "wins"].format(list=joined, count=len(ran))
 
 
 def _us(us: float) -> str:
@@ -156,7 +178,7 @@ def pages(reports: dict[str, dict[str, Any]], results: Path, root: Path) -> dict
                 *(
                     f"[{file}](benchmarks/results/{file}): {verdict(report, language)}"
                     for file, report in reports.items()
-                    if file != "models.json"
+                    if file != "models.json" and verdict(report, language)
                 ),
             ]
         )
@@ -199,7 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path, text in wanted.items():
         path.write_text(text, encoding="utf-8")
         print(path)
-    for path in plots.draw(list(reports.values()), options.results):
+    shown = [report for file, report in reports.items() if file in PLOTTED]
+    for path in plots.draw(shown, options.results):
         print(path)
     return 0
 
