@@ -39,7 +39,8 @@ class TokenSource {
  private:
   __device__ uint32_t draw() {
     if (position_ >= fixed_) {
-      // No addition: the compiler would make one of the warp's of it, which waits for the result.
+      // The compiler makes an addition of a constant the warp's, which waits for the result; so it
+      // does of an increment that ends at UINT32_MAX. No counter gets there.
       return fixed_ < tokens_ ? atomicInc(counter_, UINT32_MAX - 1) : tokens_;
     }
     const uint32_t token = position_;

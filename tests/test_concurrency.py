@@ -78,29 +78,46 @@ def test_a_call_returns_while_its_stream_is_still_busy(M: int, N: int) -> None:
         assert equal(got, quantize(problem, kernel)), kernel
 
 
+def next_factor(y: Tensor, factor: Tensor) -> Tensor:
+    """The factor times some elements of Y, as many tokens."""
+    size = len(factor)
+    source = y[:1].flatten().repeat(size)[: size * size].view(size, size)
+    return kronecker_transform(source / (source.abs().max() * size**0.5), None, factor)
+
+
 @pytest.mark.parametrize("in_graph", [False, True], ids=["calls", "graph"])
 @pytest.mark.parametrize("tokens", [1, 140, 3000])
-@pytest.mark.parametrize("M, N", [(64, 64), (32, 48), (96, 128), (128, 148), (208, 256)])
+@pytest.mark.parametrize(
+    "M, N, dtype",
+    [
+        *((M, N, torch.float16) for M, N in [(64, 64), (32, 48), (128, 148), (208, 256)]),
+        (96, 128, torch.bfloat16),
+        (64, 64, torch.float32),
+    ],
+    ids=str,
+)
 def test_a_call_waits_for_what_the_one_before_it_writes(
-    M: int, N: int, tokens: int, in_graph: bool
+    M: int, N: int, dtype: torch.dtype, tokens: int, in_graph: bool
 ) -> None:
-    """sm90 starts under the end of an sm90 before it (programmatic dependent launch)."""
-    x, left, right = random_problem(M, N, tokens, torch.float16, DEVICE)
-    steps = 4
+    """sm90 starts beside an sm90 before it (programmatic dependent launch)."""
+    problem = random_problem(M, N, tokens, dtype, DEVICE)
 
     def chain(wait: Callable[[], None]) -> list[Tensor]:
-        results, y, factor = [], x, left
-        for _ in range(steps):
-            y = kronecker_transform(y, factor, right)  # read by the next two
+        y, left, right = problem
+        ratio: float | Tensor = 1.0
+        results: list[Tensor] = []
+        for step in range(4):
+            y = kronecker_transform(y, left, right)
             wait()
-            results += flatquant_dynamic_quantize(y, factor, right)
+            results += flatquant_dynamic_quantize(y, left, right, ratio)
             wait()
-            # The next left factor: M * M elements of Y, seen as M tokens.
-            source = y[:1].flatten().repeat(M)[: M * M].view(M, M)
-            source = source / (source.abs().max() * M**0.5)
-            factor = kronecker_transform(source, None, factor)
+            ratio = results[-1][:1]  # any one float32 that the kernel before writes
+            if step % 2 == 0:
+                left = next_factor(y, left)
+            else:
+                right = next_factor(y, right)
             wait()
-        return [*results, y, factor]
+        return [*results, y, left, right]
 
     expected = chain(torch.cuda.synchronize)
     if in_graph:
@@ -114,6 +131,7 @@ def test_a_call_waits_for_what_the_one_before_it_writes(
             assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
     else:
         for _ in range(3):
+            torch.cuda._sleep(20_000_000)  # so that the calls queue up behind it
             results = chain(lambda: None)
             assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 

@@ -288,6 +288,11 @@ INSTRUCTIONS = {
         r"wgmma\.wait_group\.sync\.aligned 1;",
         r"wgmma\.wait_group\.sync\.aligned 0;",
     ],
+    "dependent_launch": [
+        r"griddepcontrol\.wait;",
+        r"griddepcontrol\.launch_dependents;",
+        r"st\.global",
+    ],
     "copies": [
         r"cp\.async\.ca\.shared\.global\S* \[\S+\], \[\S+\], 16, ",
         r"cp\.async\.ca\.shared\.global\S* \[\S+\], \[\S+\], 8, ",

@@ -43,8 +43,8 @@ constexpr bool has_float32(ShapeClass shape) {
   return is_among(classes, shape);
 }
 
-// TMA reads rows in units of 16 bytes. A token whose rows are no multiple of that, but
-// which is one itself, as its codes are, arrives as a whole and is cut into rows by its group.
+// TMA reads rows in units of 16 bytes. A token whose rows are no multiple of that, but which is one
+// itself, as its codes are, arrives as a whole and is cut into rows by its group.
 constexpr bool is_ragged(int cols) { return cols % 8 != 0; }
 
 // Those that are instantiated for ragged tokens too. ColumnOrder must have no half word for them.

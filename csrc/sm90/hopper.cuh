@@ -85,11 +85,13 @@ __device__ __forceinline__ void copy_async_wait() {
 
 // --- programmatic dependent launch ---
 
-// The next kernel of the stream may begin, if it was launched to; it waits as this one does.
-__device__ __forceinline__ void start_next_kernel() { cudaTriggerProgrammaticLaunchCompletion(); }
 // Returns once the kernels before this one have ended: what they wrote is there, and what they read
 // may be overwritten.
 __device__ __forceinline__ void wait_for_previous_kernel() { cudaGridDependencySynchronize(); }
+// The next kernel of the stream may begin beside this one, if it was launched with that attribute.
+// Behind the wait: what it does ahead of its own wait is then at most beside this kernel, and not
+// beside those before it, for which nobody may have allowed that.
+__device__ __forceinline__ void start_next_kernel() { cudaTriggerProgrammaticLaunchCompletion(); }
 
 // --- TMA ---
 

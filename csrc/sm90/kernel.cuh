@@ -1061,7 +1061,6 @@ template <class Config, Outputs outputs>
 __global__ void __launch_bounds__(Config::threads, 1)
     kernel(const __grid_constant__ CUtensorMap input_map, const __grid_constant__ Problem problem) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
-  start_next_kernel();
   const SharedMemory<Config> shared(dynamic_shared_memory());
   const int group = threadIdx.x / Config::group_threads;
   const uint32_t first = blockIdx.x / Config::blocks + group * (gridDim.x / Config::blocks);
@@ -1084,6 +1083,7 @@ __global__ void __launch_bounds__(Config::threads, 1)
     mbarrier_init_fence();
   }
   wait_for_previous_kernel();
+  start_next_kernel();
   if constexpr (Config::slices > 1) {
     __syncthreads();
     fill_first_slices(input_map, problem, shared, 0, first);

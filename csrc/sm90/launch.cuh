@@ -83,7 +83,7 @@ void launch_kernel(const Problem& problem, cudaStream_t stream) {
   config.blockDim = dim3(Config::threads);
   config.dynamicSmemBytes = Config::shared_bytes;
   config.stream = stream;
-  // Its first thousand cycles may run beside the end of a kernel that allows it, as this one does.
+  // So that what comes before its wait runs beside a kernel that allows this, as it does itself.
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;

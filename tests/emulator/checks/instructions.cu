@@ -48,6 +48,11 @@ extern "C" __global__ void products(float* out, uint64_t a, uint64_t b) {
   wgmma_wait(d);
   for (int i = 0; i < 12; ++i) out[i] = d[i];
 }
+extern "C" __global__ void dependent_launch(int* out) {
+  wait_for_previous_kernel();
+  start_next_kernel();
+  *out = 1;
+}
 extern "C" __global__ void copies(void* shared, const void* global, bool condition) {
   copy_async<16>(shared, global, condition);
   copy_async<8>(shared, global, condition);

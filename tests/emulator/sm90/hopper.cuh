@@ -39,7 +39,6 @@ inline void mbarrier_wait(Mbarrier* barrier, uint32_t parity) {
   emulator::mbarriers().wait(barrier, parity);
 }
 
-inline void start_next_kernel() {}
 inline void wait_for_previous_kernel() { emulator::machine().self().has_waited = true; }
 // Before an access to memory that the kernel before may write or read. Ordinary ones go unseen.
 inline void check_waited() {
@@ -47,6 +46,7 @@ inline void check_waited() {
     emulator::fail("an access to memory before the wait for the previous kernel");
   }
 }
+inline void start_next_kernel() { check_waited(); }
 
 template <int bytes>
 void copy_async(void* shared, const void* global, bool condition) {
