@@ -8,8 +8,9 @@ floor = max(bytes / copy rate, FLOPs / matmul rate), both rates measured in the 
 copy of 4 GiB, bytes read + written, and an 8192^3 matrix product. GB/s and TFLOP/s count what the
 operator must move and compute, whatever an implementation does. Times are medians of single calls
 with a cold L2 cache on random data, the spread is their 10th to 90th percentile; with --cuda-graph
-the call is replayed from a graph; with --warm many calls follow each other in one, and the L2 cache
-is as they leave it. Memory is what a call allocates at most, results included.
+the call is replayed from a graph; with --warm a hundred calls follow each other in one, with the L2
+cache as they leave it, and kernels that allow it overlap. Memory is what a call allocates at most,
+results included.
 
 torch.compile and FlatQuant's own kernel, which tunes itself, take 10 s and more to prepare for each
 size: they run only at the sizes of --slow-peers-at. Without a GPU the reference in PyTorch is
@@ -86,7 +87,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--flatquant-repo", type=Path, metavar="PATH", help="FlatQuant's checkout")
     parser.add_argument("--cuda-graph", action="store_true", help="replay calls from a CUDA graph")
     parser.add_argument(
-        "--warm", action="store_true", help="a call among others in a CUDA graph, L2 cache warm"
+        "--warm", action="store_true", help="calls back to back in a CUDA graph, L2 cache warm"
     )
     parser.add_argument("--repeats", type=int, default=30, help="timed calls, at most")
     parser.add_argument("--commit", help="recorded in the JSON if this is no git checkout")
@@ -111,10 +112,12 @@ def run(options: argparse.Namespace, write: Write = print) -> dict[str, Any]:
         "schema": SCHEMA,
         "environment": measure.environment(options.commit),
         "method": {
+            "kernel": options.kernel,
             "cuda_graph": options.cuda_graph or options.warm,
             "cold_l2": DEVICE == "cuda" and not options.warm,
             "repeats": options.repeats,
-            "statistic": "median of single calls, 10th and 90th percentile",
+            "statistic": "median, 10th and 90th percentile of "
+            + (f"graphs of {measure.WARM_CALLS} calls, a call" if options.warm else "single calls"),
         },
         "rates": rates and {"copy_gb_per_s": rates.copy, "matmul_tflop_per_s": rates.matmul},
         "results": [],

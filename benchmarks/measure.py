@@ -2,9 +2,9 @@
 
 On a GPU a time is that between two events around one call. Before each call the L2 cache is
 overwritten, a sleep kernel lets the host run ahead (its own time is not measured), and the next of
-several sets of random inputs is taken. What decoding sees is timed warm: calls that follow each
-other in a CUDA graph, so that the L2 cache holds what they need; the time is a call's share. On the
-CPU it is wall-clock time of one call.
+several sets of random inputs is taken. Timed warm, calls follow each other in a CUDA graph, so that
+the L2 cache holds what they need, and kernels that allow it overlap; the time is a call's share. On
+the CPU it is wall-clock time of one call.
 """
 
 from __future__ import annotations

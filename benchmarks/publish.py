@@ -66,8 +66,8 @@ TEXTS = {
         "columns": ["features (M x N)", "tokens", "dtype", "flatquant", "floor", "floor / time"],
         "labels": LABELS,
         "loses": "Slower than a peer (flatquant's time over the peer's): {list}.",
-        "wins": "None of these peers is faster; they ran in so many of the {count} measurements: "
-        "{list}.",
+        "wins": "No peer is faster. Of {count} measurements, each ran in: {list}.",
+        "warm": "Calls back to back, which overlap where a kernel allows it, warm L2. ",
         "loss": "{features} at {tokens:,} tokens, {dtype}, {storage} ({label}, {ratio:.2f})",
     },
     "zh": {
@@ -83,7 +83,8 @@ TEXTS = {
             "copy": "拷贝同样字节",
         },
         "loses": "慢于对照的情形（flatquant 用时与对照之比）：{list}。",
-        "wins": "以下对照均不更快；{count} 次测量中各自运行的次数：{list}。",
+        "wins": "没有更快的对照。{count} 次测量中各对照运行的次数：{list}。",
+        "warm": "连续调用（内核允许时相互重叠），L2 为热。",
         "loss": "{features}、{tokens:,} 个 token、{dtype}、{storage}（{label}，{ratio:.2f}）",
     },
 }
@@ -125,9 +126,11 @@ def section(report: dict[str, Any], language: str, features: Sequence[int] | Non
 
 
 def verdict(report: dict[str, Any], language: str) -> str:
-    """Where a peer is faster, or that none is; empty if none ran."""
+    """Where a peer is faster, or that none is; empty of a kernel that "auto" would not take."""
     text = TEXTS[language]
     ran = [result for result in report["results"] if "flatquant" in result["implementations"]]
+    if report["method"]["kernel"] != "auto":
+        return ""
     losses = [
         text["loss"].format(
             **result,
@@ -145,7 +148,8 @@ def verdict(report: dict[str, Any], language: str) -> str:
     joined = ("、" if language == "zh" else "; ").join(losses or runs)
     if not runs:
         return ""
-    return text["loses" if losses else "wins"].format(list=joined, count=len(ran))
+    warm = "" if report["method"]["cold_l2"] else text["warm"]
+    return warm + text["loses" if losses else "wins"].format(list=joined, count=len(ran))
 
 
 def _us(us: float) -> str:
