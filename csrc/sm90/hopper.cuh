@@ -87,11 +87,15 @@ __device__ __forceinline__ void copy_async_wait() {
 
 // Returns once the kernels before this one have ended: what they wrote is there, and what they read
 // may be overwritten.
-__device__ __forceinline__ void wait_for_previous_kernel() { cudaGridDependencySynchronize(); }
+__device__ __forceinline__ void wait_for_previous_kernel() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
 // The next kernel of the stream may begin beside this one, if it was launched with that attribute.
 // Behind the wait: what it does ahead of its own wait is then at most beside this kernel, and not
 // beside those before it, for which nobody may have allowed that.
-__device__ __forceinline__ void start_next_kernel() { cudaTriggerProgrammaticLaunchCompletion(); }
+__device__ __forceinline__ void start_next_kernel() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
 
 // --- TMA ---
 
