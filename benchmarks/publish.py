@@ -180,9 +180,9 @@ def pages(reports: dict[str, dict[str, Any]], results: Path, root: Path) -> dict
             [
                 section(reports["models.json"], language, sizes(SHOWN_MODELS)),
                 *(
-                    f"[{file}](benchmarks/results/{file}): {verdict(report, language)}"
+                    f"[{file}](benchmarks/results/{file}): {text}"
                     for file, report in reports.items()
-                    if file != "models.json" and verdict(report, language)
+                    if file != "models.json" and (text := verdict(report, language))
                 ),
             ]
         )
