@@ -43,10 +43,10 @@ python benchmarks/bench_quantize.py --model all --features 5376 6144 7168 9216 1
   --json benchmarks/results/sizes.json
 python benchmarks/bench_quantize.py --features 4096 8192 14336 28672 --dtypes bfloat16 float32 \\
   tf32 --storage int32 int8 --peers copy --repeats 20 --json benchmarks/results/dtypes.json
-python benchmarks/bench_quantize.py --features 4096 8192 14336 28672 --kernel sm80 --peers copy \\
-  --repeats 20 --json benchmarks/results/sm80.json
-python benchmarks/bench_quantize.py --features 4096 14336 --kernel simt --peers eager \\
-  --repeats 20 --json benchmarks/results/simt.json
+python benchmarks/bench_quantize.py --features 4096 8192 14336 28672 --dtypes float16 float32 \\
+  tf32 --kernel sm80 --peers copy --repeats 20 --json benchmarks/results/sm80.json
+python benchmarks/bench_quantize.py --features 4096 14336 --dtypes float16 float32 --kernel simt \\
+  --peers eager --repeats 20 --json benchmarks/results/simt.json
 ```
 
 without anything else on the GPU. `tf32` is float32 with torch's matmul precision at `high`, and

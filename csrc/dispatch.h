@@ -17,6 +17,7 @@ struct Query {
   int compute_capability;
   std::string_view architectures;
   Dtype dtype;
+  Precision precision;  // of float32
   int rows, cols;
 };
 
@@ -51,6 +52,21 @@ constexpr bool covers(std::string_view architectures, int compute_capability,
   return false;
 }
 
+// Bytes of shared memory that a block may have, by the CUDA programming guide.
+constexpr int shared_limit(int compute_capability) {
+  const int major = compute_capability / 10;
+  if (compute_capability == 80 || compute_capability == 87) return 163 * 1024;
+  return (major >= 9 && major <= 11 ? 227 : 99) * 1024;
+}
+
+// Whether TF32 on mma.sync is faster than float32 on CUDA cores. At Precision::highest a product
+// takes three of TF32, which pays where tensor cores have several times the rate, as in A100, H100
+// and B200; those of GeForce have once to twice (NVIDIA's whitepapers on GA102, AD102 and GB202).
+constexpr bool gains_by_tf32(const Query& q) {
+  const int major = q.compute_capability / 10;
+  return q.precision == Precision::high || q.compute_capability == 80 || major == 9 || major == 10;
+}
+
 struct KernelEntry {
   std::string_view name;
   bool (*serves)(const Query&);
@@ -67,7 +83,9 @@ inline constexpr KernelEntry kernel_table[] = {
      [](const Query& q) {
        return q.compute_capability >= 80 &&
               covers(q.architectures, q.compute_capability, false, 80) &&
-              q.dtype != Dtype::float32 && sm80::serves(q.rows, q.cols);
+              sm80::serves(q.rows, q.cols, q.dtype == Dtype::float32 ? 4 : 2,
+                           shared_limit(q.compute_capability)) &&
+              (q.dtype != Dtype::float32 || gains_by_tf32(q));
      }},
     {"simt",
      [](const Query& q) {

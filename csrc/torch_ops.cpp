@@ -52,10 +52,12 @@ void launch_sm90(const Problem& given, cudaStream_t stream) {
 
 template <class Element>
 void launch_sm80(const Problem& problem, cudaStream_t stream) {
-  const sm80::Plan plan(problem.rows, problem.cols,
+  const sm80::Plan plan(problem.rows, problem.cols, sizeof(Element),
                         device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "sm80", problem));
-  return plan.streamed ? sm80::launch<Element, true>(problem, plan, stream)
-                       : sm80::launch<Element, false>(problem, plan, stream);
+  if constexpr (sizeof(Element) == 2) {  // no plan of float32 streams
+    if (plan.streamed) return sm80::launch<Element, true>(problem, plan, stream);
+  }
+  sm80::launch<Element, false>(problem, plan, stream);
 }
 
 void launch(std::string_view kernel, const Problem& problem, cudaStream_t stream) {
@@ -69,8 +71,8 @@ void launch(std::string_view kernel, const Problem& problem, cudaStream_t stream
   }
   if constexpr (FLATQUANT_NEWEST_ARCH >= 80) {
     if (kernel == "sm80") {
-      return problem.dtype == Dtype::float16 ? launch_sm80<__half>(problem, stream)
-                                             : launch_sm80<__nv_bfloat16>(problem, stream);
+      return with_element(problem.dtype,
+                          [&](auto element) { launch_sm80<decltype(element)>(problem, stream); });
     }
   }
   const bool is_plain = kernel == "plain";
@@ -188,8 +190,12 @@ int current_compute_capability(const Problem& problem) {
 
 std::string_view choose_kernel(const std::string& asked, const Problem& problem) {
   const bool transforms = problem.left != nullptr || problem.right != nullptr;
-  const Query query{current_compute_capability(problem), compiled_architectures, problem.dtype,
-                    transforms ? problem.rows : 0, transforms ? problem.cols : 0};
+  const Query query{current_compute_capability(problem),
+                    compiled_architectures,
+                    problem.dtype,
+                    problem.precision,
+                    transforms ? problem.rows : 0,
+                    transforms ? problem.cols : 0};
   for (const KernelEntry& kernel : kernel_table) {
     if (asked != "auto" && asked != kernel.name) continue;
     if (kernel.serves(query) && fits_memory(kernel.name, problem)) return kernel.name;
@@ -346,10 +352,11 @@ Tensor kronecker_transform(Tensor input, std::optional<Tensor> left_trans,
 }
 
 std::string kernel_names_op(int64_t rows, int64_t cols, ScalarType dtype,
-                            int64_t compute_capability) {
+                            int64_t compute_capability, std::string float32_precision) {
   if (rows > INT32_MAX || cols > INT32_MAX) return "";
   return kernel_names({static_cast<int>(compute_capability), compiled_architectures,
-                       to_dtype(dtype), static_cast<int>(rows), static_cast<int>(cols)});
+                       to_dtype(dtype), to_precision(float32_precision), static_cast<int>(rows),
+                       static_cast<int>(cols)});
 }
 
 std::string cuda_archs() { return std::string(compiled_architectures); }
@@ -369,7 +376,9 @@ STABLE_TORCH_LIBRARY(flatquant, m) {
       "kronecker_transform(Tensor input, Tensor? left_trans, Tensor? right_trans, "
       "ScalarType out_dtype, str kernel_name=\"auto\", str float32_precision=\"highest\") -> "
       "Tensor");
-  m.def("kernel_names(int M, int N, ScalarType dtype, int compute_capability) -> str");
+  m.def(
+      "kernel_names(int M, int N, ScalarType dtype, int compute_capability, "
+      "str float32_precision=\"highest\") -> str");
   m.def("cuda_archs() -> str");
 }
 

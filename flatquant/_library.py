@@ -44,7 +44,10 @@ SCHEMAS = {
         'ScalarType out_dtype, str kernel_name="auto", str float32_precision="highest") -> '
         "Tensor"
     ),
-    "kernel_names": ("kernel_names(int M, int N, ScalarType dtype, int compute_capability) -> str"),
+    "kernel_names": (
+        "kernel_names(int M, int N, ScalarType dtype, int compute_capability, "
+        'str float32_precision="highest") -> str'
+    ),
     "cuda_archs": "cuda_archs() -> str",
 }
 

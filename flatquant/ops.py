@@ -105,7 +105,7 @@ def flatquant_dynamic_quantize(
         pair[0],
         pack_int32,
         kernel,
-        _float32_precision(input_tensor),
+        _float32_precision(input_tensor.dtype),
     )
     return result
 
@@ -202,7 +202,7 @@ def kronecker_transform(
     _refuse_gradients(input_tensor, left_trans, right_trans)
     if _runs_reference(use_cuda, kernel, input_tensor, left_trans, right_trans, M, N):
         return reference.transform(input_tensor, left_trans, right_trans).to(out_dtype)
-    precision = _float32_precision(input_tensor)
+    precision = _float32_precision(input_tensor.dtype)
     result: Tensor = _kronecker_transform(
         input_tensor, left_trans, right_trans, out_dtype, kernel, precision
     )
@@ -307,7 +307,8 @@ def available_kernels(
         M: size of the left factor, >= 1; if it is missing, features / N.
         N: size of the right factor, >= 1; if it is missing, features / M. M = N = 0 asks for the
             kernels without either factor.
-        dtype: float16, bfloat16 or float32.
+        dtype: float16, bfloat16 or float32, for which the answer may depend on
+            ``torch.get_float32_matmul_precision()``.
         device: the current CUDA device by default, the CPU if ``CUDA_AVAILABLE`` is False.
 
     Returns:
@@ -333,7 +334,9 @@ def available_kernels(
     if max(M, N) >= 2**31:  # more than the operator's integers hold, or any kernel serves
         return ["reference"]
     major, minor = torch.cuda.get_device_capability(device)
-    names = torch.ops.flatquant.kernel_names(M, N, dtype, 10 * major + minor)
+    names = torch.ops.flatquant.kernel_names(
+        M, N, dtype, 10 * major + minor, _float32_precision(dtype)
+    )
     return [*(names.split(",") if names else []), "reference"]
 
 
@@ -412,8 +415,8 @@ def _allows_tf32() -> bool:
 _allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _float32_precision(input_tensor: Tensor) -> str:
-    if input_tensor.dtype != torch.float32:
+def _float32_precision(dtype: torch.dtype) -> str:
+    if dtype != torch.float32:
         return "highest"
     return "high" if _allows_tf32() else "highest"
 
@@ -463,7 +466,7 @@ def _run_many(
     kernel: str,
 ) -> list[tuple[Tensor, Tensor]]:
     """The operator, as often as its largest number of outputs needs."""
-    precision = _float32_precision(input_tensor)
+    precision = _float32_precision(input_tensor.dtype)
     outputs: list[tuple[Tensor, Tensor]] = []
     for start in range(0, len(pairs), MAX_OUTPUTS):
         ratios = [ratio for pair in pairs[start : start + MAX_OUTPUTS] for ratio in pair]

@@ -40,18 +40,27 @@ int check_sm80() {
   const int kibibytes[] = {99, 163, 227};
   for (const int limit : kibibytes) {
     for (int rows = 1; rows <= max_size; ++rows) {
-      for (int cols = 1; cols <= max_size; ++cols, ++plans) {
-        const Plan plan(rows, cols, limit * 1024);
-        const int plan_rows =
-            plan.passes * plan.warps / parts(plan.cols, plan.streamed) * warp_rows;
+      for (int i = 0; i < 2 * max_size; ++i, ++plans) {
+        const int cols = i / 2 + 1, size = i % 2 == 0 ? 2 : 4;
+        const Plan plan(rows, cols, size, limit * 1024);
+        if (plan.stages == 0) {
+          // float32 alone, and that of some 128 x 128 where a block has 227 KiB.
+          const bool may = size == 4 && (limit < 227 || rows > 128 || cols > 128);
+          if (!may || serves(rows, cols, size, limit * 1024)) {
+            std::printf("%d x %d of %d bytes with %d KiB: no plan\n", rows, cols, size, limit);
+          }
+          continue;
+        }
+        const int row_parts = parts(plan.cols, plan.streamed, size);
+        const int plan_rows = plan.passes * plan.warps / row_parts * warp_rows;
         const bool fits = plan.shared_bytes <= limit * 1024 &&
-                          plan.threads() <= 32 * max_warps(plan.cols, plan.streamed) &&
+                          plan.threads() <= 32 * max_warps(plan.cols, plan.streamed, size) &&
                           plan.stages >= (plan.streamed ? 2 : 1);
         const bool covers = plan.cols >= cols && plan_rows >= rows;
         const bool has_barriers = plan.warps == 1 || plan.groups <= 15;
         // W takes a stage of the ring, or the place before it.
-        const int w_bytes = plan.pass_rows * plan.cols * 2;
-        const bool holds_w = !shares_w(plan.cols, plan.streamed) ||
+        const int w_bytes = plan.pass_rows * plan.cols * size;
+        const bool holds_w = !shares_w(plan.cols, plan.streamed, size) ||
                              (plan.streamed ? plan.w_offset + w_bytes <= plan.ring_offset
                                             : w_bytes <= plan.stage_bytes);
         // Extremes are cleared by a thread for each 16 bytes; stages' tokens lie before them.
@@ -63,8 +72,9 @@ int check_sm80() {
                                plan.extremes_offset + extremes_bytes <= plan.scratch_offset &&
                                plan.scratch_offset % 16 == 0;
         if (!fits || !covers || !has_barriers || !holds_w || !has_first) {
-          std::printf("%d x %d with %d KiB: fits %d, covers %d, barriers %d, W %d, first %d\n",
-                      rows, cols, limit, fits, covers, has_barriers, holds_w, has_first);
+          std::printf(
+              "%d x %d of %d bytes with %d KiB: fits %d, covers %d, barriers %d, W %d, first %d\n",
+              rows, cols, size, limit, fits, covers, has_barriers, holds_w, has_first);
         }
       }
     }

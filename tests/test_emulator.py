@@ -318,6 +318,8 @@ SM80_INSTRUCTIONS = {
         r"ldmatrix\.sync\.aligned\.x4\.trans\.m8n8\.shared\.b16 ",
         r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32",
         r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",
+        r"cvt\.rna\.tf32\.f32 ",
+        r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.tf32\.tf32\.f32",
     ],
 }
 
@@ -713,10 +715,16 @@ def test_sm90_float32_exact_data(
     check_exact(launch(sm90, tmp_path, case, exact.problem), exact)
 
 
+@pytest.mark.parametrize("kernel", ["sm90", "sm80"])
 @by_precision
 @pytest.mark.parametrize("left_exponent, right_exponent", [(0, 0), (60, -60), (-90, -30), (40, 80)])
-def test_sm90_float32_range(
-    sm90: Path, tmp_path: Path, left_exponent: int, right_exponent: int, precision: str
+def test_float32_range(
+    program: Path,
+    tmp_path: Path,
+    kernel: str,
+    left_exponent: int,
+    right_exponent: int,
+    precision: str,
 ) -> None:
     """Tokens and factors near the ends of float32's range, where float16 ends long before."""
     case = Case(24, 32, 7, FLOAT32, precision=precision)
@@ -730,15 +738,16 @@ def test_sm90_float32_range(
     problem = Problem(x * sizes[:, None], left * 2.0**left_exponent, right * 2.0**right_exponent)
     scales = exact.scales * torch.exp2(exponents + both)
     check_exact(
-        launch(sm90, tmp_path, case, problem), exact._replace(problem=problem, scales=scales)
+        launch(program, tmp_path, case, problem), exact._replace(problem=problem, scales=scales)
     )
 
 
+@pytest.mark.parametrize("kernel", ["sm90", "sm80"])
 @by_precision
 @pytest.mark.parametrize("exponent", [6, 11, 20, 60])
 @pytest.mark.parametrize("has_right", [True, False], ids=["both", "left"])
-def test_sm90_float32_factors_that_undo_outliers(
-    sm90: Path, tmp_path: Path, has_right: bool, exponent: int, precision: str
+def test_float32_factors_that_undo_outliers(
+    program: Path, tmp_path: Path, kernel: str, has_right: bool, exponent: int, precision: str
 ) -> None:
     """What float16's smallest number takes from the small must not show in Y."""
     case = Case(48, 64, 5, FLOAT32, precision=precision, has_right=has_right)
@@ -747,8 +756,8 @@ def test_sm90_float32_factors_that_undo_outliers(
     left, right = (torch.linalg.qr(torch.randn(size, size)).Q for size in (48, 64))
     left[7] *= 2.0**-exponent
     problem = Problem(x.flatten(1), left, right)
-    check(case, launch(sm90, tmp_path, case, problem), problem)
-    y, exact = transform(sm90, tmp_path, case, problem), case.float64(problem)
+    check(case, launch(program, tmp_path, case, problem), problem)
+    y, exact = transform(program, tmp_path, case, problem), case.float64(problem)
     largest = exact.abs().amax(1, keepdim=True)
     assert ((y - exact).abs() <= case.tolerance.transform * largest).all()
 
@@ -768,7 +777,7 @@ def test_fragments_are_those_of_cute(toolchain: Toolchain, tmp_path: Path) -> No
     program = toolchain.compile("checks/fragments.cpp", tmp_path / "fragments", *flags)
     run = subprocess.run([program], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
-    assert "768 comparisons, 0 wrong" in run.stdout, run.stdout
+    assert "896 comparisons, 0 wrong" in run.stdout, run.stdout
 
 
 def sm80_seed(memory: int) -> int:
@@ -922,6 +931,73 @@ def test_sm80_special_tokens(sm80: Path, tmp_path: Path, case: Case) -> None:
         check_special(case, outputs, problem, special)
 
 
+def sm80_float32_cases() -> list[Case]:
+    return [
+        Case(32, 32, 9),  # every width of a kernel, full and not full
+        Case(64, 64, 9),
+        Case(50, 92, 5, gap=4),
+        Case(64, 128, 5, gap=2),  # tokens aligned to 8 bytes
+        Case(112, 128, 3),
+        Case(24, 30, 9, gap=1),  # to 4
+        Case(13, 17, 20, packed=False),
+        Case(1, 8, 40),
+        Case(5, 77, 9, packed=False, clip_ratios=((0.7, 0.9), 0.3)),
+        Case(64, 64, 3, has_left=False),
+        Case(64, 64, 3, has_right=False),
+        Case(120, 100, 2, has_left=False),
+    ]
+
+
+@by_precision
+@pytest.mark.parametrize("number, case", list(enumerate(sm80_float32_cases())), ids=str)
+def test_sm80_float32(sm80: Path, tmp_path: Path, number: int, case: Case, precision: str) -> None:
+    case = replace(case, dtype=FLOAT32, precision=precision)
+    problem = case.random_problem()
+    for memory in (number, number + 3):
+        check(case, launch(sm80, tmp_path, case, problem, sm80_seed(memory)), problem)
+    y, exact = transform(sm80, tmp_path, case, problem), case.float64(problem)
+    largest = exact.abs().amax(1, keepdim=True)
+    assert ((y - exact).abs() <= case.tolerance.transform * largest).all()
+
+
+@by_precision
+@pytest.mark.parametrize("case", [Case(64, 64, 24), Case(70, 120, 8)], ids=str)
+def test_sm80_float32_in_any_order(sm80: Path, tmp_path: Path, case: Case, precision: str) -> None:
+    case = replace(case, dtype=FLOAT32, precision=precision, blocks=1)
+    problem = case.random_problem()
+    expected = launch(sm80, tmp_path, case, problem, sm80_seed(0))
+    for memory in (1, 2, 4):
+        chosen = torch.randperm(case.tokens)[: int(torch.randint(1, case.tokens + 1, ()))]
+        part = replace(case, tokens=len(chosen), gap=int(torch.randint(5, ())))
+        part_problem = problem._replace(input=problem.input[chosen])
+        found = launch(sm80, tmp_path, part, part_problem, sm80_seed(memory))
+        assert equal(found, chosen_tokens(expected, chosen)), part
+
+
+@by_precision
+@pytest.mark.parametrize("rows, cols", [(24, 24), (50, 72), (100, 128)])
+def test_sm80_float32_exact_data(
+    sm80: Path, tmp_path: Path, rows: int, cols: int, precision: str
+) -> None:
+    case = Case(rows, cols, 3, FLOAT32, precision=precision)
+    exact = exact_problem(rows, cols, 3, FLOAT32)
+    for memory in (0, 4):
+        result = launch(sm80, tmp_path, case, exact.problem, sm80_seed(memory))
+        check_exact(result, exact)
+
+
+@by_precision
+@pytest.mark.parametrize("rows, cols", [(50, 96), (24, 20)])
+def test_sm80_float32_special_tokens(
+    sm80: Path, tmp_path: Path, rows: int, cols: int, precision: str
+) -> None:
+    case = Case(rows, cols, 9, FLOAT32, precision=precision)
+    problem, special = spoil(case.random_problem())
+    for memory in (0, 4):
+        outputs = launch(sm80, tmp_path, case, problem, sm80_seed(memory))
+        check_special(case, outputs, problem, special)
+
+
 # ------------------------------------------------------------------------------------- simt
 
 # `blocks` are 48 KiB of shared memory that a block may have: 1 is a Pascal GPU, 5 a Hopper one.
@@ -1039,6 +1115,8 @@ KERNEL_CASES = [
     ("sm80", Case(13, 17, 5, packed=False)),  # features odd, rows of Y at any address
     ("sm80", Case(72, 112, 3, BFLOAT16, packed=False)),
     ("sm80", Case(200, 194, 1)),  # streamed in two passes
+    ("sm80", Case(50, 92, 5, FLOAT32)),
+    ("sm80", Case(120, 100, 3, FLOAT32, packed=False)),
     ("simt", Case(24, 37, 9, FLOAT32)),
     ("simt", Case(62, 68, 3, packed=False)),
     ("simt", Case(104, 132, 2, BFLOAT16, blocks=1)),  # chunks of rows
@@ -1145,6 +1223,8 @@ def test_special_tokens_of_outputs(
         ("sm90", Case(48, 96, 5, BFLOAT16)),
         ("sm80", Case(30, 44, 5, BFLOAT16)),
         ("sm80", Case(48, 144, 5, BFLOAT16, packed=False)),
+        ("sm80", Case(24, 20, 5, FLOAT32)),
+        ("sm80", Case(40, 72, 5, FLOAT32, precision="high")),
         ("simt", Case(24, 37, 5, FLOAT32)),
         ("simt", Case(62, 68, 5, BFLOAT16, packed=False)),
     ],

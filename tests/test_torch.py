@@ -132,7 +132,7 @@ def float32_precision() -> Iterator[None]:
 @pytest.mark.usefixtures("float32_precision")
 def test_the_precision_of_float32_is_torchs_at_the_call() -> None:
     def scaled(x: torch.Tensor) -> torch.Tensor:
-        return x * (3 if ops._float32_precision(x) == "high" else 2)
+        return x * (3 if ops._float32_precision(x.dtype) == "high" else 2)
 
     compiled = torch.compile(scaled, fullgraph=True, backend="eager")
     one, half = torch.ones(1), torch.ones(1, dtype=torch.float16)
@@ -146,9 +146,31 @@ def test_the_precision_of_float32_is_torchs_at_the_call() -> None:
         assert scaled(one).item() == factor
 
 
+@pytest.mark.usefixtures("float32_precision")
+def test_available_kernels_asks_by_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def kernel_names(*arguments: Any) -> str:
+        asked.append(arguments)
+        return "simt"
+
+    monkeypatch.setattr(ops, "CUDA_AVAILABLE", True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    monkeypatch.setattr(torch.ops.flatquant, "kernel_names", kernel_names, raising=False)
+    for setting in ("highest", "high", "medium"):
+        torch.set_float32_matmul_precision(setting)
+        for dtype in DTYPES:
+            assert available_kernels(64, 80, dtype, "cuda") == ["simt", "reference"]
+            is_high = dtype == torch.float32 and setting != "highest"
+            assert asked.pop() == (64, 80, dtype, 89, "high" if is_high else "highest")
+
+
 @pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)
 @pytest.mark.usefixtures("float32_precision")
-@pytest.mark.parametrize("M, N", [(24, 24), (64, 64), (56, 128), (112, 128)])
+@pytest.mark.parametrize(
+    "M, N", [(24, 24), (64, 64), (56, 128), (112, 128), (61, 50), (128, 148), (128, 224)]
+)
 def test_tf32_is_as_accurate_as_it_may_be_and_as_fresh_as_the_setting(M: int, N: int) -> None:
     problem = random_problem(M, N, 200, torch.float32, "cuda")
     exact = float64(problem)
@@ -168,7 +190,12 @@ def test_tf32_is_as_accurate_as_it_may_be_and_as_fresh_as_the_setting(M: int, N:
         assert equal(compiled(problem.input), eager), setting
         assert torch.equal(eager[0], output[0]), setting
         found.append(eager[1])
-    if "sm90" in available_kernels(M, N, torch.float32):
+        names = available_kernels(M, N, torch.float32)[:-1]
+        for kernel in names:
+            output = flatquant_dynamic_quantize(*problem, kernel=kernel)
+            result = accuracy.compare(*output, exact, 1.0, torch.float32, tolerance=tolerance)
+            assert result.ok, f"{kernel}, {setting}: {result}"
+    if names[0] != "simt":
         assert not torch.equal(*found), "TF32 was allowed and not used"
 
 
@@ -385,6 +412,9 @@ def test_opcheck_passes_for_the_operators_without_tensors() -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     names = torch.ops.flatquant.kernel_names.default
     torch.library.opcheck(names, (64, 64, torch.float16, 90), test_utils=checks)
+    torch.library.opcheck(names, (64, 64, torch.float32, 90, "high"), test_utils=checks)
+    with pytest.raises(RuntimeError, match="must be 'highest' or 'high', got 'medium'"):
+        names(64, 64, torch.float32, 90, "medium")
     torch.library.opcheck(torch.ops.flatquant.cuda_archs.default, (), test_utils=checks)
 
 

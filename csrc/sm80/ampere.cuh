@@ -74,12 +74,25 @@ __device__ __forceinline__ void ldmatrix_transposed(uint32_t (&d)[4], const void
                                 d[3]);
 }
 
-// D (16 x 8, float) += A (16 x 16) @ B (16 x 8).
+// The bits of a float32 rounded to TF32; Inf and NaN stay.
+__device__ __forceinline__ uint32_t round_to_tf32(uint32_t value) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "r"(value));
+  return rounded;
+}
+
+// D (16 x 8, float) += A (16 x 16, of float 16 x 8) @ B (16 x 8, of float 8 x 8).
 template <class Element>
 __device__ __forceinline__ void mma(float* d, const uint32_t* a, const uint32_t* b) {
-  using Op = std::conditional_t<std::is_same_v<Element, __half>, cute::SM80_16x8x16_F32F16F16F32_TN,
-                                cute::SM80_16x8x16_F32BF16BF16F32_TN>;
-  Op::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b[0], b[1], d[0], d[1], d[2], d[3]);
+  if constexpr (std::is_same_v<Element, float>) {
+    cute::SM80_16x8x8_F32TF32TF32F32_TN::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b[0],
+                                             b[1], d[0], d[1], d[2], d[3]);
+  } else {
+    using Op =
+        std::conditional_t<std::is_same_v<Element, __half>, cute::SM80_16x8x16_F32F16F16F32_TN,
+                           cute::SM80_16x8x16_F32BF16BF16F32_TN>;
+    Op::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b[0], b[1], d[0], d[1], d[2], d[3]);
+  }
 }
 
 }  // namespace flatquant::sm80

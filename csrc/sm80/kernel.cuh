@@ -2,13 +2,15 @@
 // products:
 //   W = left^T @ X    A = left^T, B = X as it lies, W rounded to the input's dtype
 //   Y = W @ right     A = W (an accumulator fragment is an A fragment), B = right
+// float32 is multiplied as TF32, at Precision::highest as sums of two of it (3xTF32), by the
+// resident kernel; it lies in shared memory as it is, and W stays float32.
 // A warp computes 32 rows of W and Y for all columns or, where those are many, for a half or a
 // quarter; then each of these warps needs all of W's columns, which goes through shared memory, in
 // place of X where that stays there as a whole. A token takes a group of warps, a single one if it
 // is small. The epilogue reduces the extremes of Y over the group, then quantises the accumulators,
 // for one output after the other; the token is read once and its codes are written once. Without a
-// left factor the identity is staged, as W is then X to the bit; without a right one W is Y, and
-// lanes exchange codes instead.
+// left factor the identity is staged, as W is then X; without a right one W is Y, and lanes
+// exchange codes instead.
 // resident_kernel: the factors stay in shared memory; a block is groups that work on different
 // tokens, each with a ring of stages that it fills itself by cp.async, the last tokens as groups
 // get to them. The right factor arrives while the first product of each group's first token runs.
@@ -29,21 +31,23 @@ namespace flatquant::sm80 {
 
 // --- to shared memory ---
 
-// Bytes to copy at once, 2 to 16: what divides the address, a row, and `run` elements: the distance
-// between tokens, or as many columns as stay side by side.
+// Bytes to copy at once, an element to 16: what divides the address, a row, and `run` elements: the
+// distance between tokens, or as many columns as stay side by side.
+template <class Element>
 __host__ __device__ __forceinline__ int copy_unit(const void* pointer, int cols, int64_t run) {
+  constexpr int size = sizeof(Element);
   const auto bits = static_cast<unsigned>(reinterpret_cast<uintptr_t>(pointer)) |
-                    static_cast<unsigned>(2 * cols) | static_cast<unsigned>(2 * run);
+                    static_cast<unsigned>(size * cols) | static_cast<unsigned>(size * run);
   return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : 2;
 }
 
 // Calls use(unit), an integral_constant; `unit` is at most `largest`.
-template <int largest, class Use>
+template <class Element, int largest, class Use>
 __device__ __forceinline__ void with_unit(int unit, Use use) {
   if (unit == largest) {
     use(std::integral_constant<int, largest>());
-  } else if constexpr (largest > 2) {
-    with_unit<largest / 2>(unit, use);
+  } else if constexpr (largest > static_cast<int>(sizeof(Element))) {
+    with_unit<Element, largest / 2>(unit, use);
   }
 }
 
@@ -82,9 +86,10 @@ template <int unit, class Element, class Position>
 __device__ __forceinline__ void copy_matrix(Element* shared, int pitch, const Element* global,
                                             int global_pitch, Extent inside, Extent padded,
                                             Team team, Position position) {
+  constexpr int elements = unit / sizeof(Element);
   const int first_row = team.thread / 32, row_step = team.threads / 32;
 #pragma unroll 1
-  for (int col = team.thread % 32 * (unit / 2); col < padded.cols; col += 32 * (unit / 2)) {
+  for (int col = team.thread % 32 * elements; col < padded.cols; col += 32 * elements) {
     const Element* from = global + first_row * global_pitch + col;
     Element* to = shared + first_row * pitch + position(col);
     const int rows_inside = col < inside.cols ? inside.rows : 0;
@@ -106,7 +111,7 @@ __device__ __forceinline__ void copy_left(int unit, Element* shared, int pitch,
   const int size = problem.rows;
   if (problem.left != nullptr) {
     const auto* left = static_cast<const Element*>(problem.left) + first_row * size + first_col;
-    with_unit<16>(unit, [&](auto fixed_unit) {
+    with_unit<Element, 16>(unit, [&](auto fixed_unit) {
       copy_matrix<fixed_unit()>(shared, pitch, left, size, {size - first_row, size - first_col},
                                 padded, team, InPlace());
     });
@@ -116,18 +121,23 @@ __device__ __forceinline__ void copy_left(int unit, Element* shared, int pitch,
   for (int pair = team.thread; pair < padded.rows * padded.cols / 2; pair += team.threads) {
     const int row = pair / (padded.cols / 2), col = pair % (padded.cols / 2) * 2;
     const int one = first_row + row - first_col;
-    *reinterpret_cast<uint32_t*>(shared + row * pitch + col) =
-        pack_pair(Element(), col == one ? 1.0f : 0.0f, col + 1 == one ? 1.0f : 0.0f);
+    const float first = col == one ? 1.0f : 0.0f, second = col + 1 == one ? 1.0f : 0.0f;
+    Element* const to = shared + row * pitch + col;
+    if constexpr (sizeof(Element) == 4) {
+      *reinterpret_cast<float2*>(to) = make_float2(first, second);
+    } else {
+      *reinterpret_cast<uint32_t*>(to) = pack_pair(Element(), first, second);
+    }
   }
 }
 
 // The right factor, padded with zeros, by pairs of columns: no more of them stay side by side in
-// ColumnOrder. Asynchronous where they are aligned to 4 bytes.
+// ColumnOrder. Asynchronous where they are aligned to 4 bytes or more.
 template <class Config, class Element>
 __device__ __forceinline__ void copy_right(Element* shared, const Problem& problem) {
   const auto* right = static_cast<const Element*>(problem.right);
   const int size = problem.cols;
-  with_unit<4>(copy_unit(right, size, 2), [&](auto unit) {
+  with_unit<Element, 2 * sizeof(Element)>(copy_unit<Element>(right, size, 2), [&](auto unit) {
     copy_matrix<unit()>(shared, Config::pitch, right, size, {size, size},
                         {Config::cols, Config::cols}, block_team(), Ordered<Config::warp_cols>());
   });
@@ -149,11 +159,12 @@ __device__ __forceinline__ void copy_tile(Element* shared, const Element* token,
                                           const Problem& problem, WarpTile<Config> tile,
                                           int depth) {
   constexpr int lanes = Config::row_lanes, row_step = 32 / lanes;
+  constexpr int elements = unit / sizeof(Element);
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
-  for (int first = 0; first < Config::warp_cols; first += lanes * (unit / 2)) {
-    const int col = tile.col + first + lane % lanes * (unit / 2);
-    if (first + lane % lanes * (unit / 2) >= Config::warp_cols) continue;
+  for (int first = 0; first < Config::warp_cols; first += lanes * elements) {
+    const int col = tile.col + first + lane % lanes * elements;
+    if (first + lane % lanes * elements >= Config::warp_cols) continue;
     const int row = tile.row + lane / lanes;
     const int rows_inside = col < problem.cols ? problem.rows - row : 0;
     const Element* from = token + row * problem.cols + col;
@@ -176,8 +187,9 @@ template <class Config, class Element>
 __device__ __forceinline__ void copy_whole_tile(Element* shared, const Element* token,
                                                 WarpTile<Config> tile, int depth, bool exists) {
   constexpr int lanes = Config::row_lanes, row_step = 32 / lanes;
-  static_assert(lanes * 8 >= Config::warp_cols);
-  const int lane = threadIdx.x % 32, row = tile.row + lane / lanes, col = lane % lanes * 8;
+  constexpr int elements = 16 / sizeof(Element);
+  static_assert(lanes * elements >= Config::warp_cols);
+  const int lane = threadIdx.x % 32, row = tile.row + lane / lanes, col = lane % lanes * elements;
   const Element* const from = token + row * Config::cols + tile.col + col;
   Element* const to = shared + row * Config::pitch + tile.col + col;
 #pragma unroll
@@ -204,37 +216,71 @@ __device__ __forceinline__ void clear(Accumulators<Config>& accumulators) {
   }
 }
 
-// What this lane gives ldmatrix the address of, in a (k, col) matrix of which 16 x 16 elements
-// become two B fragments side by side: row k = lane % 16, eight columns from lane / 16 * 8.
+// Values of k come in steps, those of one instruction. In a (k, col) matrix in shared memory this
+// is where a lane begins to load its parts of a step: what it gives ldmatrix the address of, row
+// lane % 16, eight columns from lane / 16 * 8, of which 16 x 16 elements become two B fragments
+// side by side; of float32 row 2 * (lane % 4), column lane / 4.
+template <class Element>
 __device__ __forceinline__ int b_offset(int pitch) {
   const int lane = threadIdx.x % 32;
+  if constexpr (sizeof(Element) == 4) return lane % 4 * 2 * pitch + lane / 4;
   return lane % 16 * pitch + lane / 16 * 8;
 }
 // The same in left, (k, row), of which they become one A fragment of left^T.
+template <class Element>
 __device__ __forceinline__ int a_offset(int pitch) {
   const int lane = threadIdx.x % 32;
+  if constexpr (sizeof(Element) == 4) return b_offset<Element>(pitch);
   return (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 8;
 }
 
-// The A fragments of 16 values of k, a tile after the other.
+// The A fragments of a step, a tile after the other; and the B fragments of 16 columns.
 using AFragments = uint32_t[row_tiles][4];
+using BFragment = uint32_t[4];
+
+// An instruction for float32 has its k and k + 4 in one lane. Which of the matrices' values those
+// are is free, as long as it is so for A and B: here 2 * k and 2 * k + 1, which lie in one lane of
+// W's accumulators.
+
+template <class Config>
+__device__ __forceinline__ void load_b(BFragment& b, const typename Config::Element* from) {
+  if constexpr (Config::is_float32) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) b[i] = float_bits(from[i % 2 * Config::pitch + i / 2 * 8]);
+  } else {
+    ldmatrix_transposed(b, from);
+  }
+}
 
 // Of left^T; `left` is at this lane's offset.
 template <class Element>
-__device__ __forceinline__ void load_left(AFragments& a, const Element* left) {
-#pragma unroll
-  for (int tile = 0; tile < row_tiles; ++tile) ldmatrix_transposed(a[tile], left + 16 * tile);
-}
-
-// Of a warp's columns k to k + 15 of W.
-template <class Config>
-__device__ __forceinline__ void round_w(AFragments& a, const Accumulators<Config>& w, int k) {
+__device__ __forceinline__ void load_left(AFragments& a, const Element* left, int pitch) {
 #pragma unroll
   for (int tile = 0; tile < row_tiles; ++tile) {
+    const Element* const from = left + 16 * tile;
+    if constexpr (sizeof(Element) == 4) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[tile][i] = float_bits(from[i % 2 * 8 + i / 2 * pitch]);
+    } else {
+      ldmatrix_transposed(a[tile], from);
+    }
+  }
+}
+
+// Of a step of a warp's columns of W, from column k on; 16-bit elements are rounded.
+template <class Config>
+__device__ __forceinline__ void fragments_of_w(AFragments& a, const Accumulators<Config>& w,
+                                               int k) {
+#pragma unroll
+  for (int tile = 0; tile < row_tiles; ++tile) {
+    const float* const values = &w[tile][k / 2];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float* pair = &w[tile][k / 2 + 2 * i];
-      a[tile][i] = pack_pair(typename Config::Element(), pair[0], pair[1]);
+      if constexpr (Config::is_float32) {
+        a[tile][i] = float_bits(values[i % 2 * 2 + i / 2]);
+      } else {
+        a[tile][i] = pack_pair(typename Config::Element(), values[2 * i], values[2 * i + 1]);
+      }
     }
   }
 }
@@ -246,27 +292,28 @@ class SharedW {
  public:
   __device__ SharedW(void* shared, WarpTile<Config> tile, int first_row)
       : fragments_(static_cast<uint4*>(shared) +
-                   (tile.row - first_row) / 16 * (Config::cols / 16) * 32 + threadIdx.x % 32),
-        first_step_(tile.col / 16) {}
+                   (tile.row - first_row) / 16 * (Config::cols / Config::step) * 32 +
+                   threadIdx.x % 32),
+        first_step_(tile.col / Config::step) {}
 
   // All of this warp's columns.
   __device__ __forceinline__ void store(const Accumulators<Config>& w) const {
 #pragma unroll
-    for (int k = 0; k < Config::warp_cols; k += 16) {
+    for (int k = 0; k < Config::warp_cols; k += Config::step) {
       AFragments a;
-      round_w<Config>(a, w, k);
+      fragments_of_w<Config>(a, w, k);
 #pragma unroll
       for (int tile = 0; tile < row_tiles; ++tile) {
-        fragments_[((first_step_ + k / 16) * row_tiles + tile) * 32] =
+        fragments_[((first_step_ + k / Config::step) * row_tiles + tile) * 32] =
             make_uint4(a[tile][0], a[tile][1], a[tile][2], a[tile][3]);
       }
     }
   }
-  // Columns k to k + 15.
+  // Of the step from column k on.
   __device__ __forceinline__ void load(AFragments& a, int k) const {
 #pragma unroll
     for (int tile = 0; tile < row_tiles; ++tile) {
-      const uint4 fragment = fragments_[(k / 16 * row_tiles + tile) * 32];
+      const uint4 fragment = fragments_[(k / Config::step * row_tiles + tile) * 32];
       a[tile][0] = fragment.x;
       a[tile][1] = fragment.y;
       a[tile][2] = fragment.z;
@@ -279,18 +326,65 @@ class SharedW {
   int first_step_;
 };
 
-// The B fragments of 16 values of k, of 16 columns each.
+// The B fragments of a step.
 template <class Config>
-using BFragments = uint32_t[Config::warp_cols / 16][4];
+using BFragments = BFragment[Config::warp_cols / 16];
 
-// accumulators += a @ b for 16 values of k and 16 columns.
+// A float32 as the sum of two of TF32, of whose bits tensor cores ignore those that TF32 has not.
+// Of Inf and NaN, and of what is rounded to Inf, `small` is NaN.
+__device__ __forceinline__ void split_tf32(uint32_t& large, uint32_t& small, uint32_t value) {
+  large = (value + 0x1000u) & 0xffffe000u;
+  small = float_bits(bits_float(value) - bits_float(large));
+}
+
+// d += a @ b for a step and 16 columns of one tile.
+template <class Element>
+__device__ __forceinline__ void multiply_tile(float* d, const uint32_t (&a)[4],
+                                              const BFragment& b) {
+  mma<Element>(d, a, b);
+  mma<Element>(d + 4, a, b + 2);
+}
+
+// accumulators += a @ b for a step and 16 columns.
 template <class Config>
 __device__ __forceinline__ void multiply(Accumulators<Config>& accumulators, int col,
-                                         const AFragments& a, const uint32_t (&b)[4]) {
+                                         const AFragments& a, const BFragment& b) {
+  using Element = typename Config::Element;
+  if constexpr (Config::splits) {
+    AFragments large_a, small_a;
+    BFragment large_b, small_b;
 #pragma unroll
-  for (int tile = 0; tile < row_tiles; ++tile) {
-    mma<typename Config::Element>(&accumulators[tile][col / 2], a[tile], b);
-    mma<typename Config::Element>(&accumulators[tile][col / 2 + 4], a[tile], b + 2);
+    for (int i = 0; i < 4 * row_tiles; ++i) {
+      split_tf32(large_a[i / 4][i % 4], small_a[i / 4][i % 4], a[i / 4][i % 4]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) split_tf32(large_b[i], small_b[i], b[i]);
+#pragma unroll
+    for (int tile = 0; tile < row_tiles; ++tile) {
+      // Of a step alone, as tensor cores do not round a sum but cut it off, the more of it the
+      // larger it is: with the accumulators all errors would be of one sign. The product of the
+      // small parts is beyond what float32 keeps.
+      float sums[8] = {};
+      multiply_tile<Element>(sums, small_a[tile], large_b);
+      multiply_tile<Element>(sums, large_a[tile], small_b);
+      multiply_tile<Element>(sums, large_a[tile], large_b);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) accumulators[tile][col / 2 + i] += sums[i];
+    }
+  } else {
+    AFragments rounded_a;
+    BFragment rounded_b;
+#pragma unroll
+    for (int i = 0; i < 4 * row_tiles; ++i) {
+      const uint32_t value = a[i / 4][i % 4];
+      rounded_a[i / 4][i % 4] = Config::is_float32 ? round_to_tf32(value) : value;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) rounded_b[i] = Config::is_float32 ? round_to_tf32(b[i]) : b[i];
+#pragma unroll
+    for (int tile = 0; tile < row_tiles; ++tile) {
+      multiply_tile<Element>(&accumulators[tile][col / 2], rounded_a[tile], rounded_b);
+    }
   }
 }
 
@@ -303,7 +397,7 @@ __device__ __forceinline__ void multiply(Accumulators<Config>& accumulators, con
 #pragma unroll
   for (int col = 0; col < Config::warp_cols; col += 16) {
     multiply<Config>(accumulators, col, a, b[col / 16]);
-    if constexpr (has_next) ldmatrix_transposed(b[col / 16], next + col);
+    if constexpr (has_next) load_b<Config>(b[col / 16], next + col);
   }
 }
 
@@ -313,9 +407,9 @@ __device__ __forceinline__ void multiply(Accumulators<Config>& accumulators, con
                                          const typename Config::Element* b) {
 #pragma unroll
   for (int col = 0; col < Config::warp_cols; col += 16) {
-    uint32_t fragments[4];
-    ldmatrix_transposed(fragments, b + col);
-    multiply<Config>(accumulators, col, a, fragments);
+    BFragment fragment;
+    load_b<Config>(fragment, b + col);
+    multiply<Config>(accumulators, col, a, fragment);
   }
 }
 
@@ -332,7 +426,7 @@ __device__ __forceinline__ void product(Accumulators<Config>& d, int depth, Load
   clear<Config>(d);
   step(0);
 #pragma unroll 1
-  for (int k = 16; k < depth; k += 16) step(k);
+  for (int k = Config::step; k < depth; k += Config::step) step(k);
 }
 
 // The same; loads each step's fragments during the one before. (Written so as it is: by other forms
@@ -347,7 +441,7 @@ __device__ __forceinline__ void product_loading_ahead(Accumulators<Config>& d, i
   load_a(a, 0);
 #pragma unroll
   for (int col = 0; col < Config::warp_cols; col += 16) {
-    ldmatrix_transposed(fragments[col / 16], b + col);
+    load_b<Config>(fragments[col / 16], b + col);
   }
   const auto step = [&](int next) {
     AFragments next_a;
@@ -356,14 +450,14 @@ __device__ __forceinline__ void product_loading_ahead(Accumulators<Config>& d, i
 #pragma unroll
     for (int i = 0; i < 4 * row_tiles; ++i) a[i / 4][i % 4] = next_a[i / 4][i % 4];
   };
-  if (depth == 16) {
+  if (depth == Config::step) {
     multiply<Config, false>(d, a, fragments, nullptr);
     return;
   }
-  step(16);
+  step(Config::step);
   // Where registers are left, twice as much code spares copies of the fragments.
 #pragma unroll Config::shares_w ? 2 : 1
-  for (int next = 32; next < depth; next += 16) step(next);
+  for (int next = 2 * Config::step; next < depth; next += Config::step) step(next);
   multiply<Config, false>(d, a, fragments, nullptr);
 }
 
@@ -373,14 +467,16 @@ __device__ __forceinline__ void product_of_registers(Accumulators<Config>& y,
                                                      const Accumulators<Config>& w,
                                                      Between in_between,
                                                      const typename Config::Element* right) {
-  AFragments a[Config::cols / 16];
+  AFragments a[Config::cols / Config::step];
 #pragma unroll
-  for (int k = 0; k < Config::cols; k += 16) round_w<Config>(a[k / 16], w, k);
+  for (int k = 0; k < Config::cols; k += Config::step) {
+    fragments_of_w<Config>(a[k / Config::step], w, k);
+  }
   in_between();
   clear<Config>(y);
 #pragma unroll
-  for (int k = 0; k < Config::cols; k += 16) {
-    multiply<Config>(y, a[k / 16], right + k * Config::pitch);
+  for (int k = 0; k < Config::cols; k += Config::step) {
+    multiply<Config>(y, a[k / Config::step], right + k * Config::pitch);
   }
 }
 
@@ -421,7 +517,7 @@ __device__ __forceinline__ void clear_extremes(unsigned char* memory, const Plan
 
 // Those from 1 on are of groups of two warps or more.
 constexpr int right_barrier = 15;
-static_assert(max_warps(16, false) / 2 < right_barrier);
+static_assert(max_warps(16, false, 2) / 2 < right_barrier);
 
 // The warps that work on one token.
 struct Group {
@@ -468,9 +564,34 @@ __device__ __forceinline__ Reduced reduce_group(Reduced own, Reduced* all, const
   return result;
 }
 
-template <class Reduced>
-__device__ __forceinline__ bool is_finite(const Reduced& reduced) {
-  return reduced.magnitude() < INFINITY;
+// Below it TF32's smallest number, 2^-136, could show in max|Y|, even of factors that make X
+// larger.
+constexpr float least_magnitude = 0x1p-64f;
+
+// Whether a token is to be computed again exactly: where Y holds Inf or NaN; of float32 also where
+// it is tiny, unless X is zero. `all` as for reduce_group(), which has given `reduced`.
+template <class Config, class Reduced>
+__device__ __forceinline__ bool needs_exact(const Reduced& reduced, const Problem& problem,
+                                            int64_t token, Reduced* all, const Group& group) {
+  const float magnitude = reduced.magnitude();
+  if constexpr (!Config::is_float32) return !(magnitude < INFINITY);
+  if (__builtin_expect(magnitude >= least_magnitude && magnitude < INFINITY, true)) return false;
+  if (magnitude != 0.0f) return true;
+  const float* const x = static_cast<const float*>(problem.input) + token * problem.input_stride;
+  const int features = problem.rows * problem.cols, threads = group.warps * 32;
+  Reduced of_x;
+#pragma unroll 1
+  for (int first = group.warp * 32 + threadIdx.x % 32; first < features; first += 8 * threads) {
+    float values[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int feature = first + i * threads;
+      values[i] = feature < features ? x[feature] : 0.0f;
+    }
+    of_x.include(reduce<Reduced>(values));
+  }
+  group.sync();
+  return reduce_group(of_x, all, group).magnitude() != 0.0f;
 }
 
 // Calls use(store) with what stores codes of a warp's tile, of the problem's storage. `scratch` is
@@ -550,7 +671,8 @@ struct Deal {
 template <class Config>
 bool needs_no_padding(const Problem& problem, const Plan& plan) {
   return problem.cols == Config::cols && problem.rows % 16 == 0 &&
-         copy_unit(problem.input, problem.cols, problem.input_stride) == 16 &&
+         copy_unit<typename Config::Element>(problem.input, problem.cols, problem.input_stride) ==
+             16 &&
          plan.threads() <= Config::max_whole_threads;
 }
 
@@ -586,8 +708,8 @@ __global__ void __launch_bounds__(is_whole ? Config::max_whole_threads : Config:
     if constexpr (is_whole) {
       copy_whole_tile<Config>(x_of(stage), from, tile, depth, exists);
     } else if (exists) {
-      const int unit = copy_unit(input, problem.cols, problem.input_stride);
-      with_unit<16>(unit, [&](auto fixed_unit) {
+      const int unit = copy_unit<Element>(input, problem.cols, problem.input_stride);
+      with_unit<Element, 16>(unit, [&](auto fixed_unit) {
         copy_tile<Config, fixed_unit()>(x_of(stage), from, problem, tile, depth);
       });
     }
@@ -602,7 +724,7 @@ __global__ void __launch_bounds__(is_whole ? Config::max_whole_threads : Config:
   const bool is_leader = group.warp == 0 && threadIdx.x % 32 == 0;
   load(0, first);
   clear_extremes(memory, plan);
-  copy_left(copy_unit(problem.left, problem.rows, 0), left, plan.left_pitch, problem, 0, 0,
+  copy_left(copy_unit<Element>(problem.left, problem.rows, 0), left, plan.left_pitch, problem, 0, 0,
             {depth, plan.pass_rows}, block_team());
   cp_async_commit();
   if (problem.right != nullptr) copy_right<Config>(right, problem);
@@ -615,8 +737,8 @@ __global__ void __launch_bounds__(is_whole ? Config::max_whole_threads : Config:
   __syncthreads();
 
   // Opaque, as the compiler would compute them again for each token.
-  const int a = opaque(tile.row + a_offset(plan.left_pitch));
-  const int b = opaque(tile.col + b_offset(Config::pitch));
+  const int a = opaque(tile.row + a_offset<Element>(plan.left_pitch));
+  const int b = opaque(tile.col + b_offset<Element>(Config::pitch));
   const Ratios ratios(lane_output(problem));
   // An only stage is filled again as early as possible; with more of them, or if it takes W, that
   // waits for the barrier of the extremes.
@@ -650,7 +772,9 @@ __global__ void __launch_bounds__(is_whole ? Config::max_whole_threads : Config:
     };
     multiply_all(
         w, depth,
-        [&](AFragments& fragments, int k) { load_left(fragments, left + a + k * plan.left_pitch); },
+        [&](AFragments& fragments, int k) {
+          load_left(fragments, left + a + k * plan.left_pitch, plan.left_pitch);
+        },
         x_of(stage) + b);
     // Right had the first product 1 to arrive in. Only now the tokens further on, which would have
     // competed with it for the memory's bandwidth.
@@ -691,7 +815,7 @@ __global__ void __launch_bounds__(is_whole ? Config::max_whole_threads : Config:
       stage = stage + 1 < plan.stages ? stage + 1 : 0;
     }
     const uint32_t next = tokens[stage];
-    if (__builtin_expect(!is_finite(reduced), false)) {
+    if (__builtin_expect(needs_exact<Config>(reduced, problem, token, all, group), false)) {
       exact_transform<Config, outputs>(y, problem, token, tile);
       group.sync();
       reduced = reduce_group(reduce_tiles<Config, Reduced>(y), all, group);
@@ -739,9 +863,9 @@ struct SliceRing {
       : problem(the_problem),
         plan(the_plan),
         memory(ring),
-        input_unit(copy_unit(problem.input, problem.cols, problem.input_stride)),
-        left_unit(copy_unit(problem.left, problem.rows, 0)),
-        right_unit(copy_unit(problem.right, problem.cols, 0)),
+        input_unit(copy_unit<Element>(problem.input, problem.cols, problem.input_stride)),
+        left_unit(copy_unit<Element>(problem.left, problem.rows, 0)),
+        right_unit(copy_unit<Element>(problem.right, problem.cols, 0)),
         token_slices(divide_up(problem.rows, plan.slice_rows)),
         right_slices(problem.right ? divide_up(Config::cols, plan.slice_rows) : 0),
         steps(2 * plan.passes - 1),
@@ -774,7 +898,7 @@ struct SliceRing {
       }
       const void* from = is_right ? problem.right : problem.input;
       const int64_t element = is_right ? 0 : filled.token * problem.input_stride;
-      with_unit<16>(is_right ? right_unit : input_unit, [&](auto unit) {
+      with_unit<Element, 16>(is_right ? right_unit : input_unit, [&](auto unit) {
         copy_matrix<unit()>(other(fill_stage), Config::pitch,
                             static_cast<const Element*>(from) + element + first * cols, cols,
                             {(is_right ? cols : problem.rows) - first, cols},
@@ -803,8 +927,9 @@ template <class Config, Outputs outputs>
 __device__ __forceinline__ void transform_slices(Accumulators<Config>& y, SliceRing<Config>& ring,
                                                  const Plan& plan, WarpTile<Config> tile,
                                                  int pass_row, void* shared) {
-  const int left_offset = tile.row - pass_row + a_offset(plan.left_pitch);
-  const int other_offset = tile.col + b_offset(Config::pitch);
+  using Element = typename Config::Element;
+  const int left_offset = tile.row - pass_row + a_offset<Element>(plan.left_pitch);
+  const int other_offset = tile.col + b_offset<Element>(Config::pitch);
   // y = a @ b with b from slices; load_a(a, stage, slice, k) gives the fragments for row k of one.
   const auto product_of_slices = [&](int slices, auto load_a) {
     clear<Config>(y);
@@ -812,7 +937,7 @@ __device__ __forceinline__ void transform_slices(Accumulators<Config>& y, SliceR
     for (int slice = 0; slice < slices; ++slice) {
       const int stage = ring.next();
 #pragma unroll 1
-      for (int k = 0; k < plan.slice_rows; k += 16) {
+      for (int k = 0; k < plan.slice_rows; k += Config::step) {
         AFragments a;
         load_a(a, stage, slice, k);
         multiply<Config>(y, a, ring.other(stage) + other_offset + k * Config::pitch);
@@ -820,7 +945,7 @@ __device__ __forceinline__ void transform_slices(Accumulators<Config>& y, SliceR
     }
   };
   product_of_slices(ring.token_slices, [&](AFragments& a, int stage, int, int k) {
-    load_left(a, ring.left(stage) + left_offset + k * plan.left_pitch);
+    load_left(a, ring.left(stage) + left_offset + k * plan.left_pitch, plan.left_pitch);
   });
   if constexpr (outputs != Outputs::left_only) {
     // W of the last pass has been read, as slices have been waited for since; so will this be
@@ -862,7 +987,7 @@ __global__ void __launch_bounds__(Config::max_threads, 1)
       reduced.include(reduce_tiles<Config, Reduced>(y));
     }
     reduced = reduce_group(reduced, all, group);
-    const bool is_exact = !is_finite(reduced);
+    const bool is_exact = needs_exact<Config>(reduced, problem, token, all, group);
     if (is_exact) {
       reduced = Reduced();
       for (int pass = 0; pass < plan.passes; ++pass) {
@@ -885,11 +1010,25 @@ __global__ void __launch_bounds__(Config::max_threads, 1)
 #endif
 }
 
+// Calls use(config) with the Config of these columns for the problem's precision, if there is one.
+template <class Element, int cols, bool streamed, class Use>
+void with_config(const Problem& problem, Use use) {
+  if constexpr (sizeof(Element) == 2) {
+    use(Config<Element, cols, streamed>());
+  } else if constexpr (has_float32(cols, streamed)) {
+    if (problem.precision == Precision::highest) {
+      use(Config<Element, cols, streamed, Precision::highest>());
+    } else {
+      use(Config<Element, cols, streamed, Precision::high>());
+    }
+  }
+}
+
 // Calls use(kernel) with the instantiation that serves the problem.
 template <class Config, class Use>
 void with_kernel(const Problem& problem, const Plan& plan, Use use) {
   with_outputs(problem, [&](auto outputs) {
-    if constexpr (!Config::streamed && outputs() == Outputs::simple) {
+    if constexpr (!Config::streamed && !Config::is_float32 && outputs() == Outputs::simple) {
       use(needs_no_padding<Config>(problem, plan)
               ? resident_kernel<Config, Outputs::simple, true>
               : resident_kernel<Config, Outputs::simple, false>);

@@ -19,8 +19,10 @@ void launch_if(const Problem& problem, const Plan& plan, cudaStream_t stream) {
   constexpr int cols = streamed ? streamed_cols[index] : resident_cols[index];
   if (plan.cols != cols) return;
   void (*kernel)(Problem, Plan) = nullptr;
-  with_kernel<Config<Element, cols, streamed>>(
-      problem, plan, [&](void (*instantiation)(Problem, Plan)) { kernel = instantiation; });
+  with_config<Element, cols, streamed>(problem, [&](auto config) {
+    with_kernel<decltype(config)>(
+        problem, plan, [&](void (*instantiation)(Problem, Plan)) { kernel = instantiation; });
+  });
   // The device's limit, not the plan's bytes: the kernel serves many plans, and threads share it.
   const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "sm80", problem);
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit),

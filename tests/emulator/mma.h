@@ -1,4 +1,4 @@
-// ldmatrix and mma.sync.m16n8k16, by the fragments of the PTX ISA.
+// ldmatrix, mma.sync.m16n8k16 and m16n8k8 of TF32, by the fragments of the PTX ISA.
 #pragma once
 
 #include "async_copies.h"
@@ -25,13 +25,8 @@ inline void ldmatrix_transposed(uint32_t (&d)[4], const void* shared) {
 class Mma {
  public:
   void multiply(ElementType type, float* d, const uint32_t* a, const uint32_t* b) {
-    const int thread = machine().thread(), lane = thread % warp_size;
-    // A lane may be one operation ahead of another that still reads.
-    const int set = ahead_[thread] ^= 1;
-    Operands* const all = operands_[set] + (thread - lane);
-    std::memcpy(all[lane].a, a, sizeof all[lane].a);
-    std::memcpy(all[lane].b, b, sizeof all[lane].b);
-    machine().exchange(0xffffffffu, 0, "mma");
+    const Operands* const all = exchange(a, b);
+    const int lane = machine().thread() % warp_size;
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
       // In the order of wgmma.h, as hardware gives both the same bits.
@@ -47,10 +42,39 @@ class Mma {
     }
   }
 
+  // mma.sync.m16n8k8: D (16 x 8, float) += A (16 x 8) @ B (8 x 8), of whose bits TF32's count. Sums
+  // are cut off as hardware does, which float32 is accurate enough to show.
+  void multiply_tf32(float* d, const uint32_t* a, const uint32_t* b) {
+    const Operands* const all = exchange(a, b);
+    const int lane = machine().thread() % warp_size;
+    const auto to_float = [](uint32_t bits) { return __uint_as_float(bits & 0xffffe000u); };
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
+      double sum = d[i];
+      for (int k = 0; k < 8; ++k) {
+        sum += double{to_float(all[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2])} *
+               to_float(all[col * 4 + k % 4].b[k / 4]);
+      }
+      d[i] = static_cast<float>(sum);
+      if (std::abs(d[i]) > std::abs(sum)) d[i] = std::nextafter(d[i], 0.0f);
+    }
+  }
+
  private:
   struct Operands {
     uint32_t a[4], b[2];
   };
+  // Those of all lanes of this one's warp.
+  const Operands* exchange(const uint32_t* a, const uint32_t* b) {
+    const int thread = machine().thread(), lane = thread % warp_size;
+    // A lane may be one operation ahead of another that still reads.
+    const int set = ahead_[thread] ^= 1;
+    Operands* const all = operands_[set] + (thread - lane);
+    std::memcpy(all[lane].a, a, sizeof all[lane].a);
+    std::memcpy(all[lane].b, b, sizeof all[lane].b);
+    machine().exchange(0xffffffffu, 0, "mma");
+    return all;
+  }
   Operands operands_[2][1024];
   int ahead_[1024] = {};
 };

@@ -1,5 +1,5 @@
 // Compares the fragments of the emulator's ldmatrix and mma, at the addresses that the sm80 kernels
-// give, with the layouts of CuTe's atom for the instruction, on the host.
+// give, with the layouts of CuTe's atoms for the instructions, on the host.
 #include "../cuda_emulator.h"
 // The emulator replaces the functions of csrc/sm80/ampere.cuh.
 #include "../case.h"
@@ -25,7 +25,7 @@ static float half_of(const uint32_t* registers, int value) {
 }
 
 int main() {
-  constexpr int pitch_a = pitch(16), pitch_b = pitch(16);
+  constexpr int pitch_a = pitch(16, 2), pitch_b = pitch(16, 2);
   emulator::Machine& machine = emulator::machine();
   machine.launch(dim3(1), dim3(32), 16 * (pitch_a + pitch_b) * 2, 1, [&] {
     auto* a = reinterpret_cast<__half*>(dynamic_shared_memory());  // (k, row)
@@ -39,8 +39,8 @@ int main() {
     }
     __syncwarp();
     uint32_t fragment_a[4], fragments_b[4];
-    ldmatrix_transposed(fragment_a, a + a_offset(pitch_a));
-    ldmatrix_transposed(fragments_b, b + b_offset(pitch_b));
+    ldmatrix_transposed(fragment_a, a + a_offset<__half>(pitch_a));
+    ldmatrix_transposed(fragments_b, b + b_offset<__half>(pitch_b));
     for (int value = 0; value < 8; ++value) {
       const int at = typename Traits::ALayout()(lane, value);  // row + 16 * k
       expect_equal(half_of(fragment_a, value), element_a(at / 16, at % 16), "A", lane, value);
@@ -61,6 +61,24 @@ int main() {
         }
         expect_equal(d[value], sum, "D", lane, value);
       }
+    }
+    using Tf32 = cute::MMA_Traits<cute::SM80_16x8x8_F32TF32TF32F32_TN>;
+    uint32_t tf32_a[4], tf32_b[2];
+    for (int value = 0; value < 4; ++value) {
+      const int at = typename Tf32::ALayout()(lane, value);  // row + 16 * k
+      tf32_a[value] = __float_as_uint(element_a(at / 16, at % 16));
+    }
+    for (int value = 0; value < 2; ++value) {
+      const int at = typename Tf32::BLayout()(lane, value);  // col + 8 * k
+      tf32_b[value] = __float_as_uint(element_b(at / 8, at % 8));
+    }
+    float d[4] = {0.5f, 0.5f, 0.5f, 0.5f};
+    mma<float>(d, tf32_a, tf32_b);
+    for (int value = 0; value < 4; ++value) {
+      const int at = typename Tf32::CLayout()(lane, value);  // row + 16 * col
+      float sum = 0.5f;
+      for (int k = 0; k < 8; ++k) sum += element_a(k, at % 16) * element_b(k, at / 16);
+      expect_equal(d[value], sum, "D of TF32", lane, value);
     }
   });
   std::printf("%d comparisons, %d wrong\n", compared, wrong);

@@ -26,5 +26,7 @@ extern "C" __global__ void products(float* out) {
   float d[4] = {out[0], out[1], out[2], out[3]};
   mma<__half>(d, a, b);
   mma<__nv_bfloat16>(d, a, b + 2);
+  a[0] = round_to_tf32(a[2]);
+  mma<float>(d, a, b);
   for (int i = 0; i < 4; ++i) out[i] = d[i];
 }

@@ -30,11 +30,20 @@ inline void ldmatrix_transposed(uint32_t (&d)[4], const void* shared) {
   emulator::ldmatrix_transposed(d, shared);
 }
 
+inline uint32_t round_to_tf32(uint32_t value) {
+  // To nearest, ties away from zero.
+  return std::isfinite(__uint_as_float(value)) ? (value + 0x1000u) & 0xffffe000u : value;
+}
+
 template <class Element>
 void mma(float* d, const uint32_t* a, const uint32_t* b) {
-  emulator::mma_unit().multiply(std::is_same_v<Element, __half> ? emulator::ElementType::half
-                                                                : emulator::ElementType::bfloat16,
-                                d, a, b);
+  if constexpr (std::is_same_v<Element, float>) {
+    emulator::mma_unit().multiply_tf32(d, a, b);
+  } else {
+    emulator::mma_unit().multiply(std::is_same_v<Element, __half> ? emulator::ElementType::half
+                                                                  : emulator::ElementType::bfloat16,
+                                  d, a, b);
+  }
 }
 
 }  // namespace flatquant::sm80
