@@ -85,6 +85,9 @@ def flatquant_kernel(problem: Problem, kernel: str = "auto") -> measure.Call:
     """The operator itself; on the CPU its reference."""
     left, right, pack = problem.left, problem.right, problem.pack_int32
     on_gpu = left.is_cuda
+    names = flatquant.available_kernels(problem.rows, problem.cols, left.dtype, left.device)
+    if kernel not in ("auto", *names):
+        raise CannotRun(f"kernel {kernel} does not serve these sizes in {problem.dtype} here")
     return lambda x: flatquant.flatquant_dynamic_quantize(
         x, left, right, 1.0, pack, on_gpu, kernel=kernel
     )

@@ -227,6 +227,27 @@ def test_a_peer_that_breaks_gets_a_line_and_the_operators_error_is_raised(
         bench_quantize.run(options, lines.append)
 
 
+def test_a_kernel_that_does_not_serve_a_size_gets_a_line() -> None:
+    options = bench_quantize.parse(
+        [
+            "--features",
+            "576",
+            "--tokens",
+            "2",
+            "--repeats",
+            "3",
+            "--kernel",
+            "sm70",
+            "--peers",
+            "copy",
+        ]
+    )
+    result = bench_quantize.run(options, lambda _: None)["results"][0]
+    assert list(result["implementations"]) == ["copy"]
+    reason = "kernel sm70 does not serve these sizes in float16 here"
+    assert result["not_run"] == {"flatquant": reason}
+
+
 def test_a_reason_names_the_sizes_where_it_holds_only_there() -> None:
     report = a_report()
     assert bench_quantize.not_run(report)[1:] == ["  Hadamard + int4: not installed"]

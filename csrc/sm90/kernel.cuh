@@ -354,10 +354,7 @@ void with_instantiation(const Problem& problem, Use use) {
     using Highest = Config<float, __half, depth, cols, 2>;
     using High = Config<float, __half, depth, cols, 1>;
     with_outputs(problem, [&](auto outputs) {
-      // Fewer instantiations: `simple` would not be faster.
-      constexpr Outputs less = outputs() == Outputs::simple ? Outputs::any : outputs();
-      const auto some = std::integral_constant<Outputs, less>();
-      problem.precision == Precision::highest ? use(Highest(), some) : use(High(), some);
+      problem.precision == Precision::highest ? use(Highest(), outputs) : use(High(), outputs);
     });
   }
 }
