@@ -65,8 +65,8 @@ TEXTS = {
         "copy {copy:.2f} TB/s, 16-bit matmul {matmul:.0f} TFLOP/s. Microseconds.",
         "columns": ["features (M x N)", "tokens", "dtype", "flatquant", "floor", "floor / time"],
         "labels": LABELS,
-        "loses": "Slower than a peer (flatquant's time over the peer's): {list}.",
-        "wins": "No peer is faster. Of {count} measurements, each ran in: {list}.",
+        "loses": "Slower than a peer by 1% or more (flatquant's time over the peer's): {list}.",
+        "wins": "No peer is faster by 1% or more. Of {count} measurements, each ran in: {list}.",
         "warm": "Calls back to back, which overlap where a kernel allows it, warm L2. ",
         "loss": "{features} at {tokens:,} tokens, {dtype}, {storage} ({label}, {ratio:.2f})",
     },
@@ -82,8 +82,8 @@ TEXTS = {
             "eager": "逐算子 PyTorch",
             "copy": "拷贝同样字节",
         },
-        "loses": "慢于对照的情形（flatquant 用时与对照之比）：{list}。",
-        "wins": "没有更快的对照。{count} 次测量中各对照运行的次数：{list}。",
+        "loses": "慢于对照 1% 以上的情形（flatquant 用时与对照之比）：{list}。",
+        "wins": "没有快 1% 以上的对照。{count} 次测量中各对照运行的次数：{list}。",
         "warm": "连续调用（内核允许时相互重叠），L2 为热。",
         "loss": "{features}、{tokens:,} 个 token、{dtype}、{storage}（{label}，{ratio:.2f}）",
     },
@@ -126,7 +126,7 @@ def section(report: dict[str, Any], language: str, features: Sequence[int] | Non
 
 
 def verdict(report: dict[str, Any], language: str) -> str:
-    """Where a peer is faster, or that none is; empty of a kernel that "auto" would not take."""
+    """Where a peer is 1% faster or more, or that none is; empty of a kernel that was forced."""
     text = TEXTS[language]
     ran = [result for result in report["results"] if "flatquant" in result["implementations"]]
     if report["method"]["kernel"] != "auto":
@@ -141,7 +141,8 @@ def verdict(report: dict[str, Any], language: str) -> str:
         for result in ran
         for name in PEERS
         if name in result["implementations"]
-        and result["implementations"][name]["us"] < result["implementations"]["flatquant"]["us"]
+        and 1.01 * result["implementations"][name]["us"]
+        <= result["implementations"]["flatquant"]["us"]
     ]
     counts = {name: sum(name in result["implementations"] for result in ran) for name in PEERS}
     runs = [f"{text['labels'][name]} {count}" for name, count in counts.items() if count]

@@ -12,8 +12,10 @@ namespace flatquant {
 
 inline std::string describe(const Problem& problem) {
   constexpr const char* dtypes[] = {"float16", "bfloat16", "float32"};
+  constexpr const char* precisions[] = {" at precision highest", " at precision high"};
   return std::to_string(problem.tokens) + " tokens of " + std::to_string(problem.rows) + " x " +
-         std::to_string(problem.cols) + " " + dtypes[static_cast<int>(problem.dtype)];
+         std::to_string(problem.cols) + " " + dtypes[static_cast<int>(problem.dtype)] +
+         (problem.dtype == Dtype::float32 ? precisions[static_cast<int>(problem.precision)] : "");
 }
 
 inline void check_cuda(cudaError_t error, const char* kernel, const Problem& problem) {

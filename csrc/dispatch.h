@@ -52,7 +52,7 @@ constexpr bool covers(std::string_view architectures, int compute_capability,
   return false;
 }
 
-// Bytes of shared memory that a block may have, by the CUDA programming guide.
+// Bytes of shared memory that a block may have, from 8.0 on, by the CUDA programming guide.
 constexpr int shared_limit(int compute_capability) {
   const int major = compute_capability / 10;
   if (compute_capability == 80 || compute_capability == 87) return 163 * 1024;
@@ -61,7 +61,8 @@ constexpr int shared_limit(int compute_capability) {
 
 // Whether TF32 on mma.sync is faster than float32 on CUDA cores. At Precision::highest a product
 // takes three of TF32, which pays where tensor cores have several times the rate, as in A100, H100
-// and B200; those of GeForce have once to twice (NVIDIA's whitepapers on GA102, AD102 and GB202).
+// and, not measured, B200; those of GeForce have once to twice (NVIDIA's whitepapers on GA102,
+// AD102 and GB202). Of Orin and Thor it is not known.
 constexpr bool gains_by_tf32(const Query& q) {
   const int major = q.compute_capability / 10;
   return q.precision == Precision::high || q.compute_capability == 80 || major == 9 || major == 10;

@@ -14,6 +14,13 @@
 #include "problem.h"
 #include "quantize.cuh"
 
+// Before 7.0 compilers refuse it, even on kernels that are empty there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
+#define FLATQUANT_GRID_CONSTANT __grid_constant__
+#else
+#define FLATQUANT_GRID_CONSTANT
+#endif
+
 namespace flatquant {
 
 // What a kernel does with W and Y. `simple` is problem.is_simple(), which needs no more than max|Y|

@@ -54,6 +54,7 @@ template <class Element>
 void launch_sm80(const Problem& problem, cudaStream_t stream) {
   const sm80::Plan plan(problem.rows, problem.cols, sizeof(Element),
                         device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "sm80", problem));
+  STD_TORCH_CHECK(plan.stages > 0, "flatquant: kernel 'sm80' has no plan for ", describe(problem));
   if constexpr (sizeof(Element) == 2) {  // no plan of float32 streams
     if (plan.streamed) return sm80::launch<Element, true>(problem, plan, stream);
   }

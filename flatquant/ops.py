@@ -490,8 +490,10 @@ def _check_kernel(
 ) -> None:
     names = available_kernels(M, N, input_tensor.dtype, input_tensor.device)
     if kernel not in names:
+        dtype = input_tensor.dtype
+        precision = f" at precision {_float32_precision(dtype)}" if dtype == torch.float32 else ""
         raise ValueError(
-            f"kernel must be 'auto' or one of {names} for M={M}, N={N}, {input_tensor.dtype} on "
+            f"kernel must be 'auto' or one of {names} for M={M}, N={N}, {dtype}{precision} on "
             f"{torch.cuda.get_device_name(input_tensor.device)}, got {kernel!r}"
         )
     alignment = _ALIGNMENT.get(kernel, 1)

@@ -284,6 +284,13 @@ def test_old_gpus_need_no_cutlass_and_get_no_kernel_of_newer_ones(
     assert "csrc/sm80/" not in text and "csrc/sm90/" not in text
 
 
+def test_kernels_of_newer_gpus_compile_beside_older_ones() -> None:
+    """Compilers for GPUs before 7.0 refuse __grid_constant__ on an empty kernel too."""
+    sources = [*ROOT.glob("csrc/**/*.cuh"), *ROOT.glob("csrc/**/*.cu")]
+    bare = [path.name for path in sources if re.search(r"\b__grid_constant__\b", path.read_text())]
+    assert bare == ["fragment.cuh"]
+
+
 def test_without_their_architectures_nothing_refers_to_the_kernels(tmp_path: Path) -> None:
     nvcc, nm = build.find_nvcc(), shutil.which("nm")
     if not (nvcc and nm and shutil.which("c++")):

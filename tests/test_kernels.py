@@ -309,6 +309,7 @@ def test_an_unknown_or_unfit_kernel_is_refused_with_those_that_serve(
     with pytest.raises(ValueError, match=rf"kernel must be .*'simt'.*M={M}, N={N}") as caught:
         flatquant_dynamic_quantize(*problem, kernel=kernel)
     assert repr(kernel) in str(caught.value)
+    assert ("at precision highest" in str(caught.value)) == (dtype == torch.float32)
 
 
 def test_tensors_on_two_devices_are_refused() -> None:

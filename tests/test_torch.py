@@ -199,6 +199,32 @@ def test_tf32_is_as_accurate_as_it_may_be_and_as_fresh_as_the_setting(M: int, N:
         assert not torch.equal(*found), "TF32 was allowed and not used"
 
 
+@pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)
+@pytest.mark.usefixtures("float32_precision")
+@pytest.mark.parametrize("M, N", [(64, 64), (86, 128), (61, 50)])
+def test_tf32_with_several_outputs_missing_factors_and_special_tokens(M: int, N: int) -> None:
+    torch.set_float32_matmul_precision("high")
+    x, left, right = random_problem(M, N, 70, torch.float32, "cuda")
+    clips = [(0.9, 0.8), 1.0]
+    for kernel in available_kernels(M, N, torch.float32)[:-1]:
+        tolerance = None if kernel == "simt" else accuracy.TF32
+        for factors in ((left, right), (None, right), (left, None)):
+            exact = reference.transform(x, *factors, torch.float64)
+            outputs = flatquant_dynamic_quantize_many(x, *factors, clips, kernel=kernel)
+            for clip, output in zip(clips, outputs, strict=True):
+                result = accuracy.compare(*output, exact, clip, torch.float32, tolerance=tolerance)
+                assert result.ok, f"{kernel}, {clip}: {result}"
+            special = x.clone()
+            special[3, 5], special[40, 6], special[41] = torch.nan, torch.inf, 0.0
+            others = [token for token in range(70) if token not in (3, 40, 41)]
+            found = flatquant_dynamic_quantize_many(special, *factors, clips, kernel=kernel)
+            for (codes, scales), (clean_codes, clean_scales) in zip(found, outputs, strict=True):
+                assert scales[3].isnan() and not scales[40].isfinite() and scales[41] == 1.0
+                assert not codes[[3, 40, 41]].any()
+                assert torch.equal(codes[others], clean_codes[others])
+                assert torch.equal(scales[others], clean_scales[others])
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_the_new_operators_refuse_what_the_public_functions_refuse(device: str) -> None:
     x, left, right = (torch.empty(n, n, device=device) for n in (16, 4, 4))

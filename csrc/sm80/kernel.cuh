@@ -331,7 +331,7 @@ template <class Config>
 using BFragments = BFragment[Config::warp_cols / 16];
 
 // A float32 as the sum of two of TF32, of whose bits tensor cores ignore those that TF32 has not.
-// Of Inf and NaN, and of what is rounded to Inf, `small` is NaN.
+// The sum is NaN or Inf for those, and for what is rounded to Inf.
 __device__ __forceinline__ void split_tf32(uint32_t& large, uint32_t& small, uint32_t value) {
   large = (value + 0x1000u) & 0xffffe000u;
   small = float_bits(bits_float(value) - bits_float(large));
@@ -680,7 +680,8 @@ bool needs_no_padding(const Problem& problem, const Plan& plan) {
 // which costs as much as dozens of instructions.
 template <class Config, Outputs outputs, bool is_whole>
 __global__ void __launch_bounds__(is_whole ? Config::max_whole_threads : Config::max_threads, 1)
-    resident_kernel(const __grid_constant__ Problem problem, const __grid_constant__ Plan plan) {
+    resident_kernel(const FLATQUANT_GRID_CONSTANT Problem problem,
+                    const FLATQUANT_GRID_CONSTANT Plan plan) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   using Element = typename Config::Element;
   unsigned char* const memory = dynamic_shared_memory();
@@ -960,7 +961,8 @@ __device__ __forceinline__ void transform_slices(Accumulators<Config>& y, SliceR
 
 template <class Config, Outputs outputs>
 __global__ void __launch_bounds__(Config::max_threads, 1)
-    streamed_kernel(const __grid_constant__ Problem problem, const __grid_constant__ Plan plan) {
+    streamed_kernel(const FLATQUANT_GRID_CONSTANT Problem problem,
+                    const FLATQUANT_GRID_CONSTANT Plan plan) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   unsigned char* const memory = dynamic_shared_memory();
   using Reduced = flatquant::Reduced<outputs>;

@@ -272,7 +272,8 @@ __device__ void mainloop(const CUtensorMap& input_map, const Problem& problem,
 
 template <class Config, Outputs outputs>
 __global__ void __launch_bounds__(Config::threads, 1)
-    kernel(const __grid_constant__ CUtensorMap input_map, const __grid_constant__ Problem problem) {
+    kernel(const FLATQUANT_GRID_CONSTANT CUtensorMap input_map,
+           const FLATQUANT_GRID_CONSTANT Problem problem) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
   const SharedMemory<Config> shared(dynamic_shared_memory());
   const int group = threadIdx.x / Config::group_threads;
