@@ -62,14 +62,16 @@ def clip_ratio_from_logits(max_logit: Tensor, min_logit: Tensor) -> tuple[Tensor
         min_logit: the same.
 
     Returns:
-        ``sigmoid`` of either in float32, on its device: (max side, min side).
+        ``sigmoid`` of either in float32, on its device and the same on every one: (max side, min
+        side).
 
     Raises:
         TypeError: no floating-point tensor.
     """
     check_float("max_logit", max_logit)
     check_float("min_logit", min_logit)
-    return torch.sigmoid(max_logit.float()), torch.sigmoid(min_logit.float())
+    # In float64 first, as float32 sigmoids of a CPU and of a GPU differ in their last bit.
+    return torch.sigmoid(max_logit.double()).float(), torch.sigmoid(min_logit.double()).float()
 
 
 class FlatQuantActivation(nn.Module):
