@@ -1,6 +1,8 @@
 // ldmatrix, mma.sync.m16n8k16 and m16n8k8 of TF32, by the fragments of the PTX ISA.
 #pragma once
 
+#include <cmath>
+
 #include "async_copies.h"
 #include "cuda_emulator.h"
 #include "element.h"

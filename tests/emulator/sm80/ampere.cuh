@@ -2,6 +2,8 @@
 // to run in the emulator.
 #pragma once
 
+#include <cmath>
+
 #include "cuda_emulator.h"
 #include "mma.h"
 
