@@ -228,20 +228,8 @@ def test_a_peer_that_breaks_gets_a_line_and_the_operators_error_is_raised(
 
 
 def test_a_kernel_that_does_not_serve_a_size_gets_a_line() -> None:
-    options = bench_quantize.parse(
-        [
-            "--features",
-            "576",
-            "--tokens",
-            "2",
-            "--repeats",
-            "3",
-            "--kernel",
-            "sm70",
-            "--peers",
-            "copy",
-        ]
-    )
+    problem = ["--features", "576", "--tokens", "2", "--repeats", "3"]
+    options = bench_quantize.parse([*problem, "--kernel", "sm70", "--peers", "copy"])
     result = bench_quantize.run(options, lambda _: None)["results"][0]
     assert list(result["implementations"]) == ["copy"]
     reason = "kernel sm70 does not serve these sizes in float16 here"

@@ -705,14 +705,17 @@ def test_sm90_float32_in_any_order(sm90: Path, tmp_path: Path, precision: str) -
         assert equal(found, chosen_tokens(expected, chosen)), part
 
 
+@pytest.mark.parametrize("kernel", ["sm90", "sm80"])
 @by_precision
-@pytest.mark.parametrize("rows, cols", [(64, 64), (50, 72), (128, 112)])
-def test_sm90_float32_exact_data(
-    sm90: Path, tmp_path: Path, rows: int, cols: int, precision: str
+@pytest.mark.parametrize("rows, cols", [(24, 24), (64, 64), (50, 72), (100, 128), (128, 112)])
+def test_float32_exact_data(
+    program: Path, tmp_path: Path, kernel: str, rows: int, cols: int, precision: str
 ) -> None:
     case = Case(rows, cols, 3, FLOAT32, precision=precision)
     exact = exact_problem(rows, cols, 3, FLOAT32)
-    check_exact(launch(sm90, tmp_path, case, exact.problem), exact)
+    for memory in (0, 4):
+        result = launch(program, tmp_path, case, exact.problem, sm80_seed(memory))
+        check_exact(result, exact)
 
 
 @pytest.mark.parametrize("kernel", ["sm90", "sm80"])
@@ -921,6 +924,10 @@ def test_sm80_large_intermediate(
         Case(100, 130, 6, packed=False),
         Case(190, 152, 6),
         Case(200, 200, 5),  # in two passes
+        Case(50, 96, 9, FLOAT32),
+        Case(50, 96, 9, FLOAT32, precision="high"),
+        Case(24, 20, 9, FLOAT32),
+        Case(24, 20, 9, FLOAT32, precision="high"),
     ],
     ids=str,
 )
@@ -972,30 +979,6 @@ def test_sm80_float32_in_any_order(sm80: Path, tmp_path: Path, case: Case, preci
         part_problem = problem._replace(input=problem.input[chosen])
         found = launch(sm80, tmp_path, part, part_problem, sm80_seed(memory))
         assert equal(found, chosen_tokens(expected, chosen)), part
-
-
-@by_precision
-@pytest.mark.parametrize("rows, cols", [(24, 24), (50, 72), (100, 128)])
-def test_sm80_float32_exact_data(
-    sm80: Path, tmp_path: Path, rows: int, cols: int, precision: str
-) -> None:
-    case = Case(rows, cols, 3, FLOAT32, precision=precision)
-    exact = exact_problem(rows, cols, 3, FLOAT32)
-    for memory in (0, 4):
-        result = launch(sm80, tmp_path, case, exact.problem, sm80_seed(memory))
-        check_exact(result, exact)
-
-
-@by_precision
-@pytest.mark.parametrize("rows, cols", [(50, 96), (24, 20)])
-def test_sm80_float32_special_tokens(
-    sm80: Path, tmp_path: Path, rows: int, cols: int, precision: str
-) -> None:
-    case = Case(rows, cols, 9, FLOAT32, precision=precision)
-    problem, special = spoil(case.random_problem())
-    for memory in (0, 4):
-        outputs = launch(sm80, tmp_path, case, problem, sm80_seed(memory))
-        check_special(case, outputs, problem, special)
 
 
 # ------------------------------------------------------------------------------------- simt

@@ -173,9 +173,10 @@ struct Plan {
 // The largest problem streams in two passes even with the 99 KiB of sm_86, sm_89 and sm_120.
 static_assert(Plan(max_size, max_size - 1, 2, 99 * 1024).passes == 2);
 
+// There is a plan for all sizes of 16 bits, which need not ask for it at every call.
 constexpr bool serves(int rows, int cols, int element_size, int shared_limit) {
   return rows >= 1 && rows <= max_size && cols >= 1 && cols <= max_size &&
-         Plan(rows, cols, element_size, shared_limit).stages > 0;
+         (element_size == 2 || Plan(rows, cols, element_size, shared_limit).stages > 0);
 }
 
 template <class Element_, int cols_, bool streamed_, Precision precision_ = Precision::highest>

@@ -331,7 +331,7 @@ template <class Config>
 using BFragments = BFragment[Config::warp_cols / 16];
 
 // A float32 as the sum of two of TF32, of whose bits tensor cores ignore those that TF32 has not.
-// The sum is NaN or Inf for those, and for what is rounded to Inf.
+// Of NaN and Inf, and of what is rounded to Inf, they leave a Y that is NaN or Inf.
 __device__ __forceinline__ void split_tf32(uint32_t& large, uint32_t& small, uint32_t value) {
   large = (value + 0x1000u) & 0xffffe000u;
   small = float_bits(bits_float(value) - bits_float(large));
