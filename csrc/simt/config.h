@@ -30,9 +30,9 @@ struct Plan {
   int row_chunks = 1, col_chunks = 1;
   int threads = 0;
   int left_depth = 0, right_depth = 0;  // rows in shared memory at once of left and X, of right
-  // Shared memory, in floats: extremes, two stages, W of each token (none if w_size is 0), whose
-  // tile rows are w_pitch apart and its tiles w_panel. Where a stage of right is a tile deep, the
-  // store of four neighbours in two tile rows meets no bank twice.
+  // Shared memory, in floats: four zeros, extremes, two stages, W of each token (none if w_size is
+  // 0), whose tile rows are w_pitch apart and its tiles w_panel. Where a stage of right is a tile
+  // deep, the store of four neighbours in two tile rows meets no bank twice.
   int w_panel = 0, w_pitch = 0, w_size = 0, stage_size = 0, extremes_size = 0;
   int shared_bytes = 0;
 
@@ -69,7 +69,7 @@ struct Plan {
     w_pitch = divide_up(divide_up(kept_cols, tile) * w_panel - 16, 32) * 32 + 16;
     w_size = kept_cols == 0 ? 0 : tile_rows * w_pitch;
     extremes_size = divide_up(2 * tokens, 4) * 4;
-    shared_bytes = 4 * (extremes_size + 2 * stage_size + tokens * w_size);
+    shared_bytes = 4 * (4 + extremes_size + 2 * stage_size + tokens * w_size);
     return shared_bytes <= shared_limit;
   }
 };

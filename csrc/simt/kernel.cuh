@@ -25,36 +25,41 @@ __device__ __forceinline__ bool in_fours(const Element* from, int cols) {
   return cols % 4 == 0 && reinterpret_cast<uintptr_t>(from) % sizeof(Elements<Element, 4>) == 0;
 }
 
-// Brings stages of a row-major matrix to shared memory, as panels of float. This thread brings one
-// row of one panel of each stage.
+// Brings stages of a row-major matrix to shared memory, as panels of float, one after the other.
+// This thread brings one row of one panel of each.
 template <class Element>
 class Courier {
  public:
   // The panels begin at column `first_col` of the matrix, and at `panels` in the first stage.
   __device__ Courier(const Element* matrix, int rows, int cols, int first_col, int row, int panel,
-                     bool takes_part, float* panels, int pitch)
+                     bool takes_part, int depth, float* panels, int pitch)
       : from_(matrix + row * cols + first_col + tile * panel),
-        cols_(cols),
+        depth_(depth),
+        step_(depth * cols),
         rows_left_(takes_part ? rows - row : 0),
         cols_left_(cols - first_col - tile * panel),
-        to_(panels + panel * pitch + row * tile) {}
+        to_(panels + panel * pitch + row * tile) {
+    if (cols_left_ >= tile && in_fours(from_, cols)) cols_left_ = in_fours_;
+  }
 
-  // From the stage at row k to registers. What is outside the matrix stays as it was: sums that it
+  // From the next stage to registers. What is outside the matrix stays as it was: sums that it
   // takes part in are not used.
-  __device__ __forceinline__ void fetch(int k) {
-    if (k >= rows_left_) return;
-    const Element* const from = from_ + k * cols_;
-    if (cols_left_ >= tile && in_fours(from, cols_)) {
-      fours_[0] = load<4>(from);
-      fours_[1] = load<4>(from + 4);
-    } else {
-      fours_[0] = load_up_to<4>(from, cols_left_);
-      fours_[1] = load_up_to<4>(from + 4, cols_left_ - 4);
+  __device__ __forceinline__ void fetch() {
+    if (rows_left_ > 0) {
+      if (cols_left_ == in_fours_) {
+        fours_[0] = load<4>(from_);
+        fours_[1] = load<4>(from_ + 4);
+      } else {
+        fours_[0] = load_up_to<4>(from_, cols_left_);
+        fours_[1] = load_up_to<4>(from_ + 4, cols_left_ - 4);
+      }
     }
+    rows_left_ -= depth_;
+    from_ += step_;
   }
 
   __device__ __forceinline__ void deliver(int stage_offset) const {
-    if (rows_left_ <= 0) return;
+    if (rows_left_ + depth_ <= 0) return;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float values[4];
@@ -65,17 +70,58 @@ class Courier {
   }
 
  private:
+  static constexpr int in_fours_ = 2 * max_size;  // as cols_left_: whole rows by fours
+
   const Element* from_;
-  int cols_, rows_left_, cols_left_;
+  int depth_, step_, rows_left_, cols_left_;
   float* to_;
   Elements<Element, 4> fours_[2] = {};
 };
 
 using Sums = float[tile][tile];
 
-__device__ __forceinline__ void clear(Sums& sums) {
+// Registers are in two banks, the even and the odd ones, each of which gives one operand a cycle.
+// An FMA here takes a[r] and sums[r][c] from there, so they should not be in the same bank.
+// 16-byte loads and stores decide that, as they take four registers in a row: a[r] is in bank
+// r % 2. Sums therefore begin as zeros that are loaded, and W is stored, with the rows of each pair
+// in each other's place; Y's rows then come out of W like that, too.
+constexpr int other_of_pair(int row) { return row ^ 1; }
+
+__device__ __forceinline__ void clear(Sums& sums, const float4* zeros) {
 #pragma unroll
-  for (int i = 0; i < tile * tile; ++i) sums[i / tile][i % tile] = 0.0f;
+  for (int i = 0; i < tile * tile / 4; ++i) {
+    const int first = i % 2 * 4, c = i / 2;
+    float four[4];
+#if defined(__CUDA_ARCH__)  // volatile, else it would become one load and many moves
+    asm volatile("ld.volatile.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(four[0]), "=f"(four[1]), "=f"(four[2]), "=f"(four[3])
+                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(zeros))));
+#else
+    reinterpret_cast<float4&>(four) = *zeros;
+#endif
+#pragma unroll
+    for (int r = 0; r < 4; ++r) sums[first + other_of_pair(r)][c] = four[r];
+  }
+}
+
+// Puts rows that have come out of W in order. It takes no instruction.
+__device__ __forceinline__ void swap_pairs(Sums& sums) {
+#pragma unroll
+  for (int i = 0; i < tile * tile / 2; ++i) {
+    float &even = sums[2 * (i / tile)][i % tile], &odd = sums[2 * (i / tile) + 1][i % tile];
+    const float value = even;
+    even = odd;
+    odd = value;
+  }
+}
+
+// To registers of either bank, as it takes an instruction that the compiler cannot leave out.
+__device__ __forceinline__ void move(Sums& sums) {
+#pragma unroll
+  for (int i = 0; i < tile * tile; ++i) {
+    float& sum = sums[i / tile][i % tile];
+    sum = __shfl_sync(0xffffffffu, sum, static_cast<int>(threadIdx.x % 32));
+  }
 }
 
 // What one k brings to a thread's sums.
@@ -89,11 +135,15 @@ struct Edges {
       reinterpret_cast<float4&>(b[i]) = *reinterpret_cast<const float4*>(from_b + i);
     }
   }
+  // Column after column, up and down: b[c] is then kept from one FMA to the next.
   __device__ __forceinline__ void add_to(Sums& sums) const {
 #pragma unroll
-    for (int r = 0; r < tile; ++r) {
+    for (int c = 0; c < tile; ++c) {
 #pragma unroll
-      for (int c = 0; c < tile; ++c) sums[r][c] = fmaf(a[r], b[c], sums[r][c]);
+      for (int i = 0; i < tile; ++i) {
+        const int r = c % 2 == 0 ? i : tile - 1 - i;
+        sums[r][c] = fmaf(a[r], b[c], sums[r][c]);
+      }
     }
   }
 };
@@ -108,24 +158,25 @@ __device__ __forceinline__ void multiply(Sums& sums, const float* a, const float
   }
 }
 
-// The same for k = 0 .. rows - 1, in stages. fetch(k) brings one to registers, deliver(offset) to
-// shared memory; this thread's panels of the first are at a and b. The second stage lies stage_size
-// behind it, the third in its place; but if a_step is not 0, all of a is there, a_step apart. Full
-// stages are unrolled, so that the compiler loads the edges of the next k while one is used.
+// The same for k = 0 .. rows - 1, in stages. fetch() brings the next one to registers,
+// deliver(offset) to shared memory; this thread's panels of the first are at a and b. The second
+// stage lies stage_size behind it, the third in its place; but if a_step is not 0, all of a is
+// there, a_step apart. Full stages have a loop of their own, of a constant count. Unrolled more
+// than twice, the compiler lets sums change their registers.
 template <class Fetch, class Deliver>
 __device__ __forceinline__ void accumulate(Sums& sums, int rows, int depth, const float* a,
                                            const float* b, int a_step, int stage_size, Fetch fetch,
                                            Deliver deliver) {
-  fetch(0);
+  fetch();
   deliver(0);
   __syncthreads();
   int step = stage_size;
 #pragma unroll 1
   for (int k = 0; k < rows; k += depth) {
     const bool is_last = rows - k <= depth, is_full = depth == max_depth && rows - k >= max_depth;
-    if (!is_last) fetch(k + depth);
+    if (!is_last) fetch();
     if (is_full) {
-#pragma unroll
+#pragma unroll 2
       for (int i = 0; i < max_depth; ++i) {
         Edges edges;
         edges.load(a + i * tile, b + i * tile);
@@ -212,15 +263,18 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
   const int64_t token = static_cast<int64_t>(blockIdx.x) * plan.tokens + member;
   const bool has_token = has_tile && token < problem.tokens;
 
-  auto* const highs = reinterpret_cast<int32_t*>(memory);  // Extremes of Y of each token
+  float4* const zeros = memory;
+  auto* const highs = reinterpret_cast<int32_t*>(memory + 1);  // Extremes of Y of each token
   auto* const lows = reinterpret_cast<uint32_t*>(highs + plan.tokens);
-  float* const stages = reinterpret_cast<float*>(memory) + plan.extremes_size;
+  float* const stages = reinterpret_cast<float*>(memory + 1) + plan.extremes_size;
   float* const w = stages + 2 * plan.stage_size + member * plan.w_size;
   // A stage holds the panels of the first factor, unless that is W, and then of the second.
   const auto* const x = static_cast<const Element*>(problem.input) + token * problem.input_stride;
   const auto* const left = static_cast<const Element*>(problem.left);
   const auto* const right = static_cast<const Element*>(problem.right);
 
+  if (thread == 0) *zeros = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  __syncthreads();
   if (thread < plan.tokens) highs[thread] = lows[thread] = 0;
   const bool packed = problem.storage == Storage::int32;
   const int token_bytes = packed ? rows * cols / 2 : rows * cols;
@@ -232,7 +286,6 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
     }
   }
 
-  Sums sums;
   const bool keeps_w = plan.w_size != 0, stores_y = problem.output_count == 0;
   const int chunks = plan.row_chunks * plan.col_chunks;
   for (int step = 0; step < (stores_y ? chunks : 2 * chunks - 1); ++step) {
@@ -242,36 +295,40 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
     const int first_col = chunk % plan.col_chunks * b_pitch;
     const int row = first_row + tile * tile_row, col = first_col + tile * tile_col;
 
-    clear(sums);
+    Sums sums;
+    clear(sums, zeros);  // not in its branch, where the compiler would give product 2 other banks
     if (left == nullptr && keeps_w) {
 #pragma unroll
       for (int i = 0; i < 2 * tile; ++i) {
         const int x_row = row + i / 2, x_col = col + i % 2 * 4;
-        if (!has_token || x_row >= rows || x_col >= cols) continue;
-        const Element* const from = x + x_row * cols + x_col;
-        float values[4];
-        to_floats(values, in_fours(from, cols) ? load<4>(from) : load_up_to<4>(from, cols - x_col));
+        float values[4] = {};
+        if (has_token && x_row < rows && x_col < cols) {
+          const Element* const from = x + x_row * cols + x_col;
+          to_floats(values,
+                    in_fours(from, cols) ? load<4>(from) : load_up_to<4>(from, cols - x_col));
+        }
 #pragma unroll
         for (int c = 0; c < 4; ++c) sums[i / 2][4 * (i % 2) + c] = values[c];
       }
+      move(sums);
     } else if (right == nullptr || keeps_w) {
       const int depth = plan.left_depth;
       const int pitch = panel_pitch(depth);
       float* const x_panels = stages + (plan.tile_rows + member * plan.tile_cols) * pitch;
       Courier<Element> left_rows(left, rows, rows, first_row, thread / plan.tile_rows,
-                                 thread % plan.tile_rows, thread < depth * plan.tile_rows, stages,
-                                 pitch);
+                                 thread % plan.tile_rows, thread < depth * plan.tile_rows, depth,
+                                 stages, pitch);
       // From the other end: few warps then bring both.
       const int x_place = token_threads - 1 - place;
-      Courier<Element> x_rows(x, rows, cols, first_col, x_place / plan.tile_cols,
-                              x_place % plan.tile_cols,
-                              has_token && x_place < depth * plan.tile_cols, x_panels, pitch);
+      Courier<Element> x_rows(
+          x, rows, cols, first_col, x_place / plan.tile_cols, x_place % plan.tile_cols,
+          has_token && x_place < depth * plan.tile_cols, depth, x_panels, pitch);
       accumulate(
           sums, rows, depth, stages + tile_row * pitch, x_panels + tile_col * pitch, 0,
           plan.stage_size,
-          [&](int k) {
-            left_rows.fetch(k);
-            x_rows.fetch(k);
+          [&] {
+            left_rows.fetch();
+            x_rows.fetch();
           },
           [&](int offset) {
             left_rows.deliver(offset);
@@ -283,8 +340,8 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
 #pragma unroll
       for (int c = 0; c < tile; ++c) {
         auto* const to = reinterpret_cast<float4*>(w_row + tile_col * plan.w_panel + c * tile);
-        to[0] = make_float4(sums[0][c], sums[1][c], sums[2][c], sums[3][c]);
-        to[1] = make_float4(sums[4][c], sums[5][c], sums[6][c], sums[7][c]);
+        to[0] = make_float4(sums[1][c], sums[0][c], sums[3][c], sums[2][c]);
+        to[1] = make_float4(sums[5][c], sums[4][c], sums[7][c], sums[6][c]);
       }
     }
 
@@ -293,17 +350,17 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
       const int pitch = panel_pitch(depth);
       float* const right_panels = stages + (keeps_w ? 0 : plan.tile_rows * pitch);
       Courier<Element> right_rows(right, cols, cols, first_col, thread / plan.tile_cols,
-                                  thread % plan.tile_cols, thread < depth * plan.tile_cols,
+                                  thread % plan.tile_cols, thread < depth * plan.tile_cols, depth,
                                   right_panels, pitch);
       const float* const b = right_panels + tile_col * pitch;
-      clear(sums);
+      clear(sums, zeros);
       if (keeps_w) {
         accumulate(
             sums, cols, depth, w_row, b, plan.w_panel * depth / max_depth, plan.stage_size,
-            [&](int k) { right_rows.fetch(k); }, [&](int offset) { right_rows.deliver(offset); });
+            [&] { right_rows.fetch(); }, [&](int offset) { right_rows.deliver(offset); });
       } else {
         for (int k = 0; k < cols; k += depth) {
-          right_rows.fetch(k);
+          right_rows.fetch();
           right_rows.deliver(0);
           // There is no room for W: compute the columns of it that this stage needs.
           for (int i = thread; i < depth * a_pitch; i += plan.threads) {
@@ -317,13 +374,17 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
                            static_cast<float>(x[j * cols + n]), sum);
               }
             }
-            stages[in_chunk / tile * pitch + in_stage * tile + in_chunk % tile] = sum;
+            stages[in_chunk / tile * pitch + in_stage * tile + other_of_pair(in_chunk % tile)] =
+                sum;
           }
           __syncthreads();
           multiply(sums, stages + tile_row * pitch, b, smaller(depth, cols - k));
           __syncthreads();
         }
       }
+      swap_pairs(sums);
+    } else {
+      move(sums);
     }
 
     if (stores_y) {
