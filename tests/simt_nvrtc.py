@@ -28,16 +28,20 @@ template __global__ void kernel<__nv_bfloat16>(Problem, int);
 template __global__ void kernel<float>(Problem, int);
 }
 namespace flatquant::simt {
-template __global__ void kernel<__half>(Problem, Plan);
-template __global__ void kernel<__nv_bfloat16>(Problem, Plan);
-template __global__ void kernel<float>(Problem, Plan);
-extern "C" __global__ void make_plan(int rows, int cols, int shared_limit, Plan* plan,
-                                     int* tokens_threads_shared_size) {
-  *plan = Plan(rows, cols, shared_limit);
-  tokens_threads_shared_size[0] = plan->tokens;
-  tokens_threads_shared_size[1] = plan->threads;
-  tokens_threads_shared_size[2] = plan->shared_bytes;
-  tokens_threads_shared_size[3] = sizeof(Plan);
+template __global__ void kernel<__half, false>(Problem, Plan);
+template __global__ void kernel<__half, true>(Problem, Plan);
+template __global__ void kernel<__nv_bfloat16, false>(Problem, Plan);
+template __global__ void kernel<__nv_bfloat16, true>(Problem, Plan);
+template __global__ void kernel<float, false>(Problem, Plan);
+template __global__ void kernel<float, true>(Problem, Plan);
+extern "C" __global__ void make_plan(Problem problem, int shared_limit, Plan* plan, int* numbers) {
+  *plan = Plan(problem.rows, problem.cols, shared_limit);
+  numbers[0] = plan->tokens;
+  numbers[1] = plan->threads;
+  numbers[2] = plan->shared_bytes;
+  numbers[3] = sizeof(Plan);
+  // Of float, which asks for the most.
+  numbers[4] = needs_no_padding<float>(problem, *plan);
 }
 }
 """

@@ -41,8 +41,9 @@ def test_kernels_compile_for_pascal_and_volta(architecture: str) -> None:
     flags = int.from_bytes(code[48:52], "little")  # e_flags of a cubin end in the SM's number
     assert flags & 0xFF == int(architecture.removeprefix("sm_"))
     for name in MANGLED.values():
-        for kernel in ("4simt", "5plain"):
-            assert f".text._ZN9flatquant{kernel}6kernelI{name}EEv".encode() in code
+        for kernel in (f"4simt6kernelI{name}Lb0EEEv", f"4simt6kernelI{name}Lb1EEEv"):
+            assert f".text._ZN9flatquant{kernel}".encode() in code
+        assert f".text._ZN9flatquant5plain6kernelI{name}EEv".encode() in code
 
 
 class CudaOutput(ctypes.Structure):
@@ -122,38 +123,37 @@ class Module:
         tokens, features = x.shape
         rows, cols = len(left), len(right)
 
-        plan = torch.zeros(64, dtype=torch.int32, device="cuda")
-        sizes = torch.zeros(4, dtype=torch.int32, device="cuda")
-        integers = [ctypes.c_int(number) for number in (rows, cols, SHARED_LIMIT)]
-        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (plan, sizes)]
-        self.launch("make_plan", 1, 1, 0, *integers, *pointers)
-        per_block, threads, shared, plan_bytes = sizes.tolist()
-        assert shared <= SHARED_LIMIT and plan_bytes <= plan.nbytes
-
         storage, columns = (torch.int32, features // 8) if packed else (torch.int8, features)
         codes = torch.full((tokens, columns), 0x5A, dtype=storage, device="cuda")
         scales = torch.full((tokens,), -1.0, device="cuda")
         outputs = (CudaOutput * 8)(
             CudaOutput(codes.data_ptr(), scales.data_ptr(), clip_ratio, clip_ratio)
         )
+        argument = CudaProblem(
+            *(tensor.data_ptr() for tensor in (x, left, right)),
+            tokens=tokens,
+            input_stride=x.stride(0),
+            rows=rows,
+            cols=cols,
+            left_repeats=1,
+            right_repeats=1,
+            dtype=DTYPES.index(x.dtype),
+            storage=int(packed),
+            output_count=1,
+            outputs=outputs,
+        )
+        plan = torch.zeros(64, dtype=torch.int32, device="cuda")
+        numbers = torch.zeros(5, dtype=torch.int32, device="cuda")
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (plan, numbers)]
+        self.launch("make_plan", 1, 1, 0, argument, ctypes.c_int(SHARED_LIMIT), *pointers)
+        per_block, threads, shared, plan_bytes, is_whole = numbers.tolist()
+        assert shared <= SHARED_LIMIT and plan_bytes <= plan.nbytes
         self.launch(
-            f"_ZN9flatquant4simt6kernelI{MANGLED[x.dtype]}EEvNS_7ProblemENS0_4PlanE",
+            f"_ZN9flatquant4simt6kernelI{MANGLED[x.dtype]}Lb{is_whole}EEEvNS_7ProblemENS0_4PlanE",
             -(-tokens // per_block),
             threads,
             shared,
-            CudaProblem(
-                *(tensor.data_ptr() for tensor in (x, left, right)),
-                tokens=tokens,
-                input_stride=x.stride(0),
-                rows=rows,
-                cols=cols,
-                left_repeats=1,
-                right_repeats=1,
-                dtype=DTYPES.index(x.dtype),
-                storage=int(packed),
-                output_count=1,
-                outputs=outputs,
-            ),
+            argument,
             (ctypes.c_int32 * len(plan))(*plan.tolist()),
         )
         torch.cuda.synchronize()

@@ -51,6 +51,12 @@ struct Plan {
     col_chunks = divide_up(all_cols, tile_cols);
   }
 
+  // Whether all tiles and stages are full.
+  constexpr bool is_whole(int rows, int cols) const {
+    return rows % tile == 0 && cols % tile == 0 && w_size != 0 && row_chunks == 1 &&
+           left_depth == max_depth && right_depth == max_depth;
+  }
+
  private:
   // Sets what follows from `tokens` and the arguments; kept_cols are the columns of W to be kept.
   constexpr bool fits(int rows_of_tiles, int cols_of_tiles, int kept_cols, int shared_limit) {

@@ -26,16 +26,17 @@ __device__ __forceinline__ bool in_fours(const Element* from, int cols) {
 }
 
 // Brings stages of a row-major matrix to shared memory, as panels of float, one after the other.
-// This thread brings one row of one panel of each.
-template <class Element>
+// This thread brings one row of one panel of each. With `is_whole` all of them are inside the
+// matrix, and aligned to be loaded four elements at a time.
+template <class Element, bool is_whole>
 class Courier {
  public:
   // The panels begin at column `first_col` of the matrix, and at `panels` in the first stage.
   __device__ Courier(const Element* matrix, int rows, int cols, int first_col, int row, int panel,
                      bool takes_part, int depth, float* panels, int pitch)
       : from_(matrix + row * cols + first_col + tile * panel),
-        depth_(depth),
-        step_(depth * cols),
+        depth_(is_whole ? max_depth : depth),
+        step_(depth_ * cols),
         rows_left_(takes_part ? rows - row : 0),
         cols_left_(cols - first_col - tile * panel),
         to_(panels + panel * pitch + row * tile) {
@@ -46,7 +47,7 @@ class Courier {
   // takes part in are not used.
   __device__ __forceinline__ void fetch() {
     if (rows_left_ > 0) {
-      if (cols_left_ == in_fours_) {
+      if (is_whole || cols_left_ == in_fours_) {
         fours_[0] = load<4>(from_);
         fours_[1] = load<4>(from_ + 4);
       } else {
@@ -54,12 +55,12 @@ class Courier {
         fours_[1] = load_up_to<4>(from_ + 4, cols_left_ - 4);
       }
     }
-    rows_left_ -= depth_;
+    if (!is_whole) rows_left_ -= depth_;
     from_ += step_;
   }
 
   __device__ __forceinline__ void deliver(int stage_offset) const {
-    if (rows_left_ + depth_ <= 0) return;
+    if (rows_left_ + (is_whole ? 0 : depth_) <= 0) return;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float values[4];
@@ -163,7 +164,7 @@ __device__ __forceinline__ void multiply(Sums& sums, const float* a, const float
 // stage lies stage_size behind it, the third in its place; but if a_step is not 0, all of a is
 // there, a_step apart. Full stages have a loop of their own, of a constant count. Unrolled more
 // than twice, the compiler lets sums change their registers.
-template <class Fetch, class Deliver>
+template <bool is_whole, class Fetch, class Deliver>
 __device__ __forceinline__ void accumulate(Sums& sums, int rows, int depth, const float* a,
                                            const float* b, int a_step, int stage_size, Fetch fetch,
                                            Deliver deliver) {
@@ -173,7 +174,8 @@ __device__ __forceinline__ void accumulate(Sums& sums, int rows, int depth, cons
   int step = stage_size;
 #pragma unroll 1
   for (int k = 0; k < rows; k += depth) {
-    const bool is_last = rows - k <= depth, is_full = depth == max_depth && rows - k >= max_depth;
+    const bool is_last = rows - k <= depth;
+    const bool is_full = is_whole || (depth == max_depth && rows - k >= max_depth);
     if (!is_last) fetch();
     if (is_full) {
 #pragma unroll 2
@@ -211,27 +213,27 @@ __device__ __noinline__ inline void store_unaligned(void* token_codes, bool pack
   }
 }
 
-template <Clamp clamp>
+template <Clamp clamp, bool is_whole>
 __device__ __forceinline__ void store_codes(unsigned char* codes, bool packed, const Sums& sums,
                                             int row, int col, int rows, int cols,
                                             const TokenScale& scale) {
-  if (col >= cols) return;
+  if (!is_whole && col >= cols) return;
 #pragma unroll
   for (int r = 0; r < tile; ++r) {
-    if (row + r >= rows) return;
+    if (!is_whole && row + r >= rows) return;
     const int feature = (row + r) * cols + col;
     const float (&values)[tile] = sums[r];
-    if (packed && cols % tile == 0) {
+    if (packed && (is_whole || cols % tile == 0)) {
       reinterpret_cast<uint32_t*>(codes)[feature / 8] = pack_int4<clamp>(values, scale);
       continue;
     }
 #pragma unroll
     for (int i = 0; i < tile; i += 4) {
-      if (col + i >= cols) break;
+      if (!is_whole && col + i >= cols) break;
       const float four_values[4] = {values[i], values[i + 1], values[i + 2], values[i + 3]};
       const uint32_t four =
           packed ? pack_int4<clamp>(four_values, scale) : pack_int8<clamp>(four_values, scale);
-      if (cols % 4 != 0) {
+      if (!is_whole && cols % 4 != 0) {
         store_unaligned(codes, packed, feature + i, cols - col - i, four);
       } else if (packed) {
         reinterpret_cast<uint16_t*>(codes)[(feature + i) / 4] = static_cast<uint16_t>(four);
@@ -242,7 +244,8 @@ __device__ __forceinline__ void store_codes(unsigned char* codes, bool packed, c
   }
 }
 
-template <class Element>
+// Whether needs_no_padding() below; then little code is left, in registers that suffice.
+template <class Element, bool is_whole>
 __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, const Plan plan) {
   extern __shared__ float4 memory[];
   const int rows = problem.rows, cols = problem.cols;
@@ -276,9 +279,10 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
   if (thread == 0) *zeros = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   __syncthreads();
   if (thread < plan.tokens) highs[thread] = lows[thread] = 0;
+  const bool has_left = is_whole || left != nullptr, has_right = is_whole || right != nullptr;
   const bool packed = problem.storage == Storage::int32;
   const int token_bytes = packed ? rows * cols / 2 : rows * cols;
-  if (packed && cols % 4 != 0 && has_token) {
+  if (!is_whole && packed && cols % 4 != 0 && has_token) {
     for (int output = 0; output < problem.output_count; ++output) {
       auto* const words =
           static_cast<uint32_t*>(problem.outputs[output].codes) + token * (token_bytes / 4);
@@ -286,8 +290,9 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
     }
   }
 
-  const bool keeps_w = plan.w_size != 0, stores_y = problem.output_count == 0;
-  const int chunks = plan.row_chunks * plan.col_chunks;
+  const bool keeps_w = is_whole || plan.w_size != 0;
+  const bool stores_y = !is_whole && problem.output_count == 0;
+  const int chunks = is_whole ? 1 : plan.row_chunks * plan.col_chunks;
   for (int step = 0; step < (stores_y ? chunks : 2 * chunks - 1); ++step) {
     // First all chunks for the extremes, then back from the last, which still is in the registers.
     const int chunk = smaller(step, 2 * (chunks - 1) - step);
@@ -297,7 +302,7 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
 
     Sums sums;
     clear(sums, zeros);  // not in its branch, where the compiler would give product 2 other banks
-    if (left == nullptr && keeps_w) {
+    if (!has_left && keeps_w) {
 #pragma unroll
       for (int i = 0; i < 2 * tile; ++i) {
         const int x_row = row + i / 2, x_col = col + i % 2 * 4;
@@ -311,19 +316,19 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
         for (int c = 0; c < 4; ++c) sums[i / 2][4 * (i % 2) + c] = values[c];
       }
       move(sums);
-    } else if (right == nullptr || keeps_w) {
-      const int depth = plan.left_depth;
+    } else if (!has_right || keeps_w) {
+      const int depth = is_whole ? max_depth : plan.left_depth;
       const int pitch = panel_pitch(depth);
       float* const x_panels = stages + (plan.tile_rows + member * plan.tile_cols) * pitch;
-      Courier<Element> left_rows(left, rows, rows, first_row, thread / plan.tile_rows,
-                                 thread % plan.tile_rows, thread < depth * plan.tile_rows, depth,
-                                 stages, pitch);
+      Courier<Element, is_whole> left_rows(left, rows, rows, first_row, thread / plan.tile_rows,
+                                           thread % plan.tile_rows, thread < depth * plan.tile_rows,
+                                           depth, stages, pitch);
       // From the other end: few warps then bring both.
       const int x_place = token_threads - 1 - place;
-      Courier<Element> x_rows(
+      Courier<Element, is_whole> x_rows(
           x, rows, cols, first_col, x_place / plan.tile_cols, x_place % plan.tile_cols,
           has_token && x_place < depth * plan.tile_cols, depth, x_panels, pitch);
-      accumulate(
+      accumulate<is_whole>(
           sums, rows, depth, stages + tile_row * pitch, x_panels + tile_col * pitch, 0,
           plan.stage_size,
           [&] {
@@ -336,7 +341,7 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
           });
     }
     float* const w_row = w + tile_row * plan.w_pitch;
-    if (right != nullptr && keeps_w && has_tile) {
+    if (has_right && keeps_w && has_tile) {
 #pragma unroll
       for (int c = 0; c < tile; ++c) {
         auto* const to = reinterpret_cast<float4*>(w_row + tile_col * plan.w_panel + c * tile);
@@ -345,17 +350,17 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
       }
     }
 
-    if (right != nullptr) {
-      const int depth = plan.right_depth;
+    if (has_right) {
+      const int depth = is_whole ? max_depth : plan.right_depth;
       const int pitch = panel_pitch(depth);
       float* const right_panels = stages + (keeps_w ? 0 : plan.tile_rows * pitch);
-      Courier<Element> right_rows(right, cols, cols, first_col, thread / plan.tile_cols,
-                                  thread % plan.tile_cols, thread < depth * plan.tile_cols, depth,
-                                  right_panels, pitch);
+      Courier<Element, is_whole> right_rows(
+          right, cols, cols, first_col, thread / plan.tile_cols, thread % plan.tile_cols,
+          thread < depth * plan.tile_cols, depth, right_panels, pitch);
       const float* const b = right_panels + tile_col * pitch;
       clear(sums, zeros);
       if (keeps_w) {
-        accumulate(
+        accumulate<is_whole>(
             sums, cols, depth, w_row, b, plan.w_panel * depth / max_depth, plan.stage_size,
             [&] { right_rows.fetch(); }, [&](int offset) { right_rows.deliver(offset); });
       } else {
@@ -368,8 +373,8 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
             const int m = first_row + in_chunk, n = k + in_stage;
             float sum = 0.0f;
             if (m < rows && n < cols) {
-              if (left == nullptr) sum = static_cast<float>(x[m * cols + n]);
-              for (int j = 0; left != nullptr && j < rows; ++j) {
+              if (!has_left) sum = static_cast<float>(x[m * cols + n]);
+              for (int j = 0; has_left && j < rows; ++j) {
                 sum = fmaf(static_cast<float>(left[j * rows + m]),
                            static_cast<float>(x[j * cols + n]), sum);
               }
@@ -401,7 +406,7 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
       continue;
     }
 
-    if (row + tile > rows || col + tile > cols) {
+    if (!is_whole && (row + tile > rows || col + tile > cols)) {
 #pragma unroll
       for (int i = 0; i < tile * tile; ++i) {
         if (row + i / tile >= rows || col + i % tile >= cols) sums[i / tile][i % tile] = 0.0f;
@@ -428,18 +433,30 @@ __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, con
 
     const Extremes extremes{highs[member], lows[member]};
 #pragma unroll 1
-    for (int i = 0; i < problem.output_count; ++i) {
+    for (int i = 0; i < (is_whole ? 1 : problem.output_count); ++i) {
       const Output& output = problem.outputs[i];
       const TokenScale scale = Ratios(output).scale(extremes, false);
       if (chunk == 0 && tile_row == 0 && tile_col == 0) output.scales[token] = scale.scale;
       auto* const codes = static_cast<unsigned char*>(output.codes) + token * token_bytes;
       if (scale.clamps) {
-        store_codes<Clamp::saturated>(codes, packed, sums, row, col, rows, cols, scale);
+        store_codes<Clamp::saturated, is_whole>(codes, packed, sums, row, col, rows, cols, scale);
       } else {
-        store_codes<Clamp::none>(codes, packed, sums, row, col, rows, cols, scale);
+        store_codes<Clamp::none, is_whole>(codes, packed, sums, row, col, rows, cols, scale);
       }
     }
   }
+}
+
+// Whether a problem is one output of a token that fills all tiles and stages, with both factors,
+// all of it aligned to four elements.
+template <class Element>
+__host__ __device__ bool needs_no_padding(const Problem& problem, const Plan& plan) {
+  const auto bits = reinterpret_cast<uintptr_t>(problem.input) |
+                    reinterpret_cast<uintptr_t>(problem.left) |
+                    reinterpret_cast<uintptr_t>(problem.right);
+  return problem.left != nullptr && problem.right != nullptr && problem.output_count == 1 &&
+         plan.is_whole(problem.rows, problem.cols) && problem.input_stride % 4 == 0 &&
+         bits % sizeof(Elements<Element, 4>) == 0;
 }
 
 }  // namespace flatquant::simt

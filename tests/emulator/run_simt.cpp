@@ -25,8 +25,13 @@ void launch(const Problem& problem, unsigned blocks, uint64_t seed) {
     }
   };
   const auto groups = static_cast<unsigned>((problem.tokens + plan.tokens - 1) / plan.tokens);
-  machine.launch(dim3(groups), dim3(plan.threads), plan.shared_bytes, seed,
-                 [&] { kernel<Element>(problem, plan); });
+  machine.launch(dim3(groups), dim3(plan.threads), plan.shared_bytes, seed, [&] {
+    if (needs_no_padding<Element>(problem, plan)) {
+      kernel<Element, true>(problem, plan);
+    } else {
+      kernel<Element, false>(problem, plan);
+    }
+  });
 }
 
 int main(int argument_count, char** arguments) {
