@@ -81,11 +81,11 @@ class Courier {
 
 using Sums = float[tile][tile];
 
-// Registers are in two banks, the even and the odd ones, each of which gives one operand a cycle.
-// An FMA here takes a[r] and sums[r][c] from there, so they should not be in the same bank.
-// 16-byte loads and stores decide that, as they take four registers in a row: a[r] is in bank
-// r % 2. Sums therefore begin as zeros that are loaded, and W is stored, with the rows of each pair
-// in each other's place; Y's rows then come out of W like that, too.
+// By what was measured (benchmarks/NOTES.md), even and odd registers are a bank each, which gives
+// one operand a cycle. An FMA here takes a[r] and sums[r][c] from there, so they should not be in
+// the same bank. 16-byte loads and stores decide that, as they take four registers in a row: a[r]
+// is in bank r % 2. Sums therefore begin as zeros that are loaded, and W is stored, with the rows
+// of each pair in each other's place; Y's rows then come out of W like that, too.
 constexpr int other_of_pair(int row) { return row ^ 1; }
 
 __device__ __forceinline__ void clear(Sums& sums, const float4* zeros) {
@@ -244,7 +244,8 @@ __device__ __forceinline__ void store_codes(unsigned char* codes, bool packed, c
   }
 }
 
-// Whether needs_no_padding() below; then little code is left, in registers that suffice.
+// With `is_whole` for problems of needs_no_padding() only: then little code is left, and registers
+// suffice for it.
 template <class Element, bool is_whole>
 __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, const Plan plan) {
   extern __shared__ float4 memory[];
