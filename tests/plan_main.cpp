@@ -1,10 +1,12 @@
 // Checks sm80::Plan (csrc/sm80/config.h) for every size on GPUs with 99, 163 and 227 KiB of shared
-// memory for a block, and plain::Plan (csrc/plain/config.h) for features to 70,000; prints what
-// does not fit and counts the plans.
+// memory for a block, simt::Plan (csrc/simt/config.h) for every size up to 264 with 48 and 227 KiB,
+// and plain::Plan (csrc/plain/config.h) for features to 70,000; prints what does not fit and counts
+// the plans.
 #include <cstdio>
 #include <initializer_list>
 
 #include "plain/config.h"
+#include "simt/config.h"
 #include "sm80/config.h"
 
 int check_plain() {
@@ -82,4 +84,35 @@ int check_sm80() {
   return plans;
 }
 
-int main() { std::printf("sm80 %d, plain %d plans\n", check_sm80(), check_plain()); }
+int check_simt() {
+  using namespace flatquant::simt;
+  int plans = 0;
+  for (const int limit : {48, 227}) {
+    for (int rows = 1; rows <= 264; ++rows) {
+      for (int cols = 1; cols <= 264; ++cols, ++plans) {
+        const Plan plan(rows, cols, limit * 1024);
+        const int tiles = plan.tokens * plan.tile_rows * plan.tile_cols;
+        const bool fits = plan.shared_bytes <= limit * 1024 && plan.threads <= max_threads &&
+                          plan.threads >= tiles && plan.threads % 32 == 0;
+        const bool covers = plan.row_chunks * plan.tile_rows * tile >= rows &&
+                            plan.col_chunks * plan.tile_cols * tile >= cols;
+        // What a thread brings of a stage is one row of one panel.
+        const bool brings = plan.left_depth * plan.tile_rows <= plan.threads &&
+                            plan.left_depth * plan.tile_cols <= plan.tile_rows * plan.tile_cols &&
+                            plan.right_depth * plan.tile_cols <= plan.threads;
+        const bool is_full = plan.tile_rows * tile == rows && plan.tile_cols * tile == cols &&
+                             rows % plan.left_depth == 0 && cols % plan.right_depth == 0 &&
+                             plan.row_chunks == 1 && plan.col_chunks == 1 && plan.w_size > 0;
+        if (!fits || !covers || !brings || (plan.is_whole(rows, cols) && !is_full)) {
+          std::printf("simt, %d x %d with %d KiB: fits %d, covers %d, brings %d, full %d\n", rows,
+                      cols, limit, fits, covers, brings, is_full);
+        }
+      }
+    }
+  }
+  return plans;
+}
+
+int main() {
+  std::printf("sm80 %d, simt %d, plain %d plans\n", check_sm80(), check_simt(), check_plain());
+}

@@ -171,6 +171,8 @@ def test_only_plain_serves_without_a_transform(
         assert ask(program, [(90, "80;90a", dtype, M, N)]) == ["-"]
 
 
-def test_sm80_and_plain_have_plans_that_fit_every_size(tmp_path: Path) -> None:
+def test_every_size_has_a_plan_that_fits(tmp_path: Path) -> None:
     program = compile_program(ROOT / "tests" / "plan_main.cpp", tmp_path / "plan")
-    assert output_of(program) == f"sm80 {2 * 3 * 256 * 256}, plain {70_100 * 6} plans\n"
+    assert output_of(program) == (
+        f"sm80 {2 * 3 * 256 * 256}, simt {2 * 264 * 264}, plain {70_100 * 6} plans\n"
+    )

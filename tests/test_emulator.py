@@ -989,18 +989,20 @@ def test_sm80_float32_in_any_order(sm80: Path, tmp_path: Path, case: Case, preci
 @pytest.mark.parametrize("packed", [True, False], ids=["int4", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize(
-    "rows, cols, tokens",
+    "rows, cols, tokens, gap",
     [
-        (1, 8, 3),
-        (64, 64, 5),  # two tokens a block, and a block that is not full
-        (24, 37, 9),  # eight tokens a block
-        (13, 40, 3),
-        (72, 45, 3),
-        (288, 8, 2),
-        (104, 132, 2),  # W does not fit in 48 KiB: chunks of rows
-        (112, 131, 2),
-        (10, 1004, 2),  # not even eight rows of it: chunks of columns too
-        (8, 1005, 2),
+        (1, 8, 3, 5),
+        (64, 64, 5, 5),  # two tokens a block, and a block that is not full
+        (64, 64, 5, 4),  # the same without padding
+        (64, 40, 7, 4),  # three tokens a block, which are no whole warps
+        (24, 37, 9, 5),  # eight tokens a block
+        (13, 40, 3, 5),
+        (72, 45, 3, 5),
+        (288, 8, 2, 5),
+        (104, 132, 2, 5),  # W does not fit in 48 KiB: chunks of rows
+        (112, 131, 2, 5),
+        (10, 1004, 2, 5),  # not even eight rows of it: chunks of columns too
+        (8, 1005, 2, 5),
     ],
 )
 def test_simt(
@@ -1009,10 +1011,11 @@ def test_simt(
     rows: int,
     cols: int,
     tokens: int,
+    gap: int,
     dtype: torch.dtype,
     packed: bool,
 ) -> None:
-    case = Case(rows, cols, tokens, dtype, packed, gap=5, blocks=1)
+    case = Case(rows, cols, tokens, dtype, packed, gap=gap, blocks=1)
     problem = case.random_problem()
     check(case, launch(simt, tmp_path, case, problem), problem)
     exact = exact_problem(rows, cols, tokens, dtype, 0.5)
@@ -1021,7 +1024,7 @@ def test_simt(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("rows, cols", [(24, 24), (62, 68), (104, 132), (8, 1005)])
+@pytest.mark.parametrize("rows, cols", [(24, 24), (64, 40), (62, 68), (104, 132), (8, 1005)])
 def test_simt_special_tokens(
     simt: Path, tmp_path: Path, rows: int, cols: int, dtype: torch.dtype
 ) -> None:
@@ -1036,6 +1039,7 @@ def test_simt_special_tokens(
         Case(24, 24, 30, FLOAT32, blocks=1),
         Case(40, 37, 9, blocks=1),
         Case(104, 132, 4, BFLOAT16, blocks=1),
+        Case(104, 128, 4, blocks=1),  # without padding where W fits, in chunks where it does not
         Case(8, 1005, 4, blocks=1),
     ],
     ids=str,
@@ -1100,6 +1104,7 @@ KERNEL_CASES = [
     ("sm80", Case(200, 194, 1)),  # streamed in two passes
     ("sm80", Case(50, 92, 5, FLOAT32)),
     ("sm80", Case(120, 100, 3, FLOAT32, packed=False)),
+    ("simt", Case(64, 64, 3)),  # without padding, but for several outputs
     ("simt", Case(24, 37, 9, FLOAT32)),
     ("simt", Case(62, 68, 3, packed=False)),
     ("simt", Case(104, 132, 2, BFLOAT16, blocks=1)),  # chunks of rows

@@ -232,6 +232,8 @@ def test_unaligned_rows_are_served_by_auto_and_refused_by_sm90(
     problem = Problem(x, *random_problem(64, 64, 0, dtype, "cuda")[1:])
     result = accuracy.compare(*quantize(problem, "auto"), float64(problem), 1.0, dtype)
     assert result.ok, result
+    aligned = problem._replace(input=x.contiguous())
+    assert equal(quantize(problem, "simt"), quantize(aligned, "simt"))
     if "sm90" in kernels(64, 64, dtype):
         with pytest.raises(ValueError, match=r"kernel='sm90' needs every token.*16 bytes"):
             quantize(problem, "sm90")
@@ -246,6 +248,7 @@ def test_unaligned_factors_are_served_by_auto_and_refused_by_sm90(which: str) ->
     problem = Problem(*aligned[:position], factor, *aligned[position + 1 :])
     result = accuracy.compare(*quantize(problem, "auto"), float64(problem), 1.0, torch.float16)
     assert result.ok, result
+    assert equal(quantize(problem, "simt"), quantize(aligned, "simt"))
     if "sm90" in kernels(64, 64, torch.float16):
         with pytest.raises(ValueError, match=f"kernel='sm90' needs {which} aligned to 16 bytes"):
             quantize(problem, "sm90")

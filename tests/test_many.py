@@ -256,6 +256,8 @@ def test_every_output_of_many_agrees_with_float64(M: int, N: int, dtype: torch.d
             on_device = flatquant_dynamic_quantize_many(*problem, ratios, **options)
             for got, output in zip(on_device, outputs, strict=True):
                 assert equal(got, output), f"{kernel}: ratios on the device"
+            (alone,) = flatquant_dynamic_quantize_many(*problem, ratios[-1:], **options)
+            assert equal(alone, outputs[-1]), f"{kernel}: ratios on the device, one output"
 
 
 @needs_gpu

@@ -170,11 +170,14 @@ def pascal() -> Iterator[Module]:
     module.check(module.driver.cuModuleUnload(module.handle))
 
 
-# Several tokens a block; large sizes, which 48 KiB of shared memory cut into chunks and the memory
-# that the built-in kernel asks for does not; odd sizes; W too large to be kept at all.
+# Several tokens a block; sizes without padding; large ones, which 48 KiB of shared memory cut into
+# chunks and the memory that the built-in kernel asks for does not; odd sizes; W too large to be
+# kept at all.
 SIZES = [
     (24, 24),
     (64, 64),
+    (64, 40),
+    (128, 64),
     (86, 128),
     (112, 128),
     (128, 148),
