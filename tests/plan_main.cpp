@@ -89,23 +89,30 @@ int check_simt() {
   int plans = 0;
   for (const int limit : {48, 227}) {
     for (int rows = 1; rows <= 264; ++rows) {
-      for (int cols = 1; cols <= 264; ++cols, ++plans) {
-        const Plan plan(rows, cols, limit * 1024);
-        const int tiles = plan.tokens * plan.tile_rows * plan.tile_cols;
-        const bool fits = plan.shared_bytes <= limit * 1024 && plan.threads <= max_threads &&
-                          plan.threads >= tiles && plan.threads % 32 == 0;
-        const bool covers = plan.row_chunks * plan.tile_rows * tile >= rows &&
-                            plan.col_chunks * plan.tile_cols * tile >= cols;
-        // What a thread brings of a stage is one row of one panel.
-        const bool brings = plan.left_depth * plan.tile_rows <= plan.threads &&
-                            plan.left_depth * plan.tile_cols <= plan.tile_rows * plan.tile_cols &&
-                            plan.right_depth * plan.tile_cols <= plan.threads;
-        const bool is_full = plan.tile_rows * tile == rows && plan.tile_cols * tile == cols &&
-                             rows % plan.left_depth == 0 && cols % plan.right_depth == 0 &&
-                             plan.row_chunks == 1 && plan.col_chunks == 1 && plan.w_size > 0;
-        if (!fits || !covers || !brings || (plan.is_whole(rows, cols) && !is_full)) {
-          std::printf("simt, %d x %d with %d KiB: fits %d, covers %d, brings %d, full %d\n", rows,
-                      cols, limit, fits, covers, brings, is_full);
+      for (int cols = 1; cols <= 264; ++cols) {
+        for (const Plan& plan :
+             {Plan(rows, cols, limit * 1024), Plan::whole(rows, cols, limit * 1024)}) {
+          ++plans;
+          const int tiles = plan.tokens * plan.tile_rows * plan.tile_cols;
+          const bool fits = plan.shared_bytes <= limit * 1024 && plan.threads <= max_threads &&
+                            plan.threads >= tiles && plan.threads % 32 == 0;
+          const bool covers = plan.row_chunks * plan.tile_rows * plan.tile_height >= rows &&
+                              plan.col_chunks * plan.tile_cols * tile >= cols;
+          // What a thread brings of a stage is one row of one panel.
+          const bool brings = plan.left_depth * plan.tile_rows <= plan.threads &&
+                              plan.left_depth * plan.tile_cols <= plan.tile_rows * plan.tile_cols &&
+                              plan.right_depth * plan.tile_cols <= plan.threads;
+          const bool is_full = plan.tile_rows * plan.tile_height == rows &&
+                               plan.tile_cols * tile == cols && rows % plan.left_depth == 0 &&
+                               plan.left_depth % tile == 0 && cols % plan.right_depth == 0 &&
+                               plan.right_depth % tile == 0 && plan.row_chunks == 1 &&
+                               plan.col_chunks == 1 && plan.w_size > 0;
+          const int w_end = (flatquant::divide_up(cols, tile) - 1) * plan.w_panel + tile * tile;
+          const bool holds_w = plan.w_size == 0 || w_end <= plan.w_pitch;
+          if (!fits || !covers || !brings || !holds_w || (plan.is_whole && !is_full)) {
+            std::printf("simt, %d x %d with %d KiB: fits %d, covers %d, brings %d, full %d, W %d\n",
+                        rows, cols, limit, fits, covers, brings, is_full, holds_w);
+          }
         }
       }
     }

@@ -28,20 +28,21 @@ template __global__ void kernel<__nv_bfloat16>(Problem, int);
 template __global__ void kernel<float>(Problem, int);
 }
 namespace flatquant::simt {
-template __global__ void kernel<__half, false>(Problem, Plan);
-template __global__ void kernel<__half, true>(Problem, Plan);
-template __global__ void kernel<__nv_bfloat16, false>(Problem, Plan);
-template __global__ void kernel<__nv_bfloat16, true>(Problem, Plan);
-template __global__ void kernel<float, false>(Problem, Plan);
-template __global__ void kernel<float, true>(Problem, Plan);
+#define KERNELS(Element)                                                 \\
+  template __global__ void kernel<Element, tile, false>(Problem, Plan); \\
+  template __global__ void kernel<Element, tile, true>(Problem, Plan);  \\
+  template __global__ void kernel<Element, low_tile, true>(Problem, Plan);
+KERNELS(__half)
+KERNELS(__nv_bfloat16)
+KERNELS(float)
 extern "C" __global__ void make_plan(Problem problem, int shared_limit, Plan* plan, int* numbers) {
-  *plan = Plan(problem.rows, problem.cols, shared_limit);
+  *plan = plan_of<float>(problem, shared_limit);  // which asks for the most alignment
   numbers[0] = plan->tokens;
   numbers[1] = plan->threads;
   numbers[2] = plan->shared_bytes;
   numbers[3] = sizeof(Plan);
-  // Of float, which asks for the most.
-  numbers[4] = needs_no_padding<float>(problem, *plan);
+  numbers[4] = plan->tile_height;
+  numbers[5] = plan->is_whole;
 }
 }
 """

@@ -174,5 +174,5 @@ def test_only_plain_serves_without_a_transform(
 def test_every_size_has_a_plan_that_fits(tmp_path: Path) -> None:
     program = compile_program(ROOT / "tests" / "plan_main.cpp", tmp_path / "plan")
     assert output_of(program) == (
-        f"sm80 {2 * 3 * 256 * 256}, simt {2 * 264 * 264}, plain {70_100 * 6} plans\n"
+        f"sm80 {2 * 3 * 256 * 256}, simt {2 * 2 * 264 * 264}, plain {70_100 * 6} plans\n"
     )

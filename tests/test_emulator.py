@@ -989,20 +989,22 @@ def test_sm80_float32_in_any_order(sm80: Path, tmp_path: Path, case: Case, preci
 @pytest.mark.parametrize("packed", [True, False], ids=["int4", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize(
-    "rows, cols, tokens, gap",
+    "rows, cols, tokens, gap, blocks",
     [
-        (1, 8, 3, 5),
-        (64, 64, 5, 5),  # two tokens a block, and a block that is not full
-        (64, 64, 5, 4),  # the same without padding
-        (64, 40, 7, 4),  # three tokens a block, which are no whole warps
-        (24, 37, 9, 5),  # eight tokens a block
-        (13, 40, 3, 5),
-        (72, 45, 3, 5),
-        (288, 8, 2, 5),
-        (104, 132, 2, 5),  # W does not fit in 48 KiB: chunks of rows
-        (112, 131, 2, 5),
-        (10, 1004, 2, 5),  # not even eight rows of it: chunks of columns too
-        (8, 1005, 2, 5),
+        (1, 8, 3, 5, 1),
+        (64, 64, 5, 5, 1),  # two tokens a block, and a block that is not full
+        (64, 64, 5, 4, 1),  # the same without padding
+        (56, 64, 5, 4, 1),  # and with tiles of seven rows
+        (112, 128, 2, 4, 5),  # and with stages of 16 rows
+        (64, 40, 7, 4, 1),  # three tokens a block, which are no whole warps
+        (24, 37, 9, 5, 1),  # eight tokens a block
+        (13, 40, 3, 5, 1),
+        (72, 45, 3, 5, 1),
+        (288, 8, 2, 5, 1),
+        (104, 132, 2, 5, 1),  # W does not fit in 48 KiB: chunks of rows
+        (112, 131, 2, 5, 1),
+        (10, 1004, 2, 5, 1),  # not even eight rows of it: chunks of columns too
+        (8, 1005, 2, 5, 1),
     ],
 )
 def test_simt(
@@ -1012,10 +1014,11 @@ def test_simt(
     cols: int,
     tokens: int,
     gap: int,
+    blocks: int,
     dtype: torch.dtype,
     packed: bool,
 ) -> None:
-    case = Case(rows, cols, tokens, dtype, packed, gap=gap, blocks=1)
+    case = Case(rows, cols, tokens, dtype, packed, gap=gap, blocks=blocks)
     problem = case.random_problem()
     check(case, launch(simt, tmp_path, case, problem), problem)
     exact = exact_problem(rows, cols, tokens, dtype, 0.5)
@@ -1040,6 +1043,7 @@ def test_simt_special_tokens(
         Case(40, 37, 9, blocks=1),
         Case(104, 132, 4, BFLOAT16, blocks=1),
         Case(104, 128, 4, blocks=1),  # without padding where W fits, in chunks where it does not
+        Case(112, 128, 3, blocks=1),  # and with tiles of seven rows
         Case(8, 1005, 4, blocks=1),
     ],
     ids=str,

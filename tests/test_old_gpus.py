@@ -41,8 +41,8 @@ def test_kernels_compile_for_pascal_and_volta(architecture: str) -> None:
     flags = int.from_bytes(code[48:52], "little")  # e_flags of a cubin end in the SM's number
     assert flags & 0xFF == int(architecture.removeprefix("sm_"))
     for name in MANGLED.values():
-        for kernel in (f"4simt6kernelI{name}Lb0EEEv", f"4simt6kernelI{name}Lb1EEEv"):
-            assert f".text._ZN9flatquant{kernel}".encode() in code
+        for plan in ("Li8ELb0", "Li8ELb1", "Li7ELb1"):
+            assert f".text._ZN9flatquant4simt6kernelI{name}{plan}EEEv".encode() in code
         assert f".text._ZN9flatquant5plain6kernelI{name}EEv".encode() in code
 
 
@@ -143,13 +143,14 @@ class Module:
             outputs=outputs,
         )
         plan = torch.zeros(64, dtype=torch.int32, device="cuda")
-        numbers = torch.zeros(5, dtype=torch.int32, device="cuda")
+        numbers = torch.zeros(6, dtype=torch.int32, device="cuda")
         pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (plan, numbers)]
         self.launch("make_plan", 1, 1, 0, argument, ctypes.c_int(SHARED_LIMIT), *pointers)
-        per_block, threads, shared, plan_bytes, is_whole = numbers.tolist()
+        per_block, threads, shared, plan_bytes, height, is_whole = numbers.tolist()
         assert shared <= SHARED_LIMIT and plan_bytes <= plan.nbytes
         self.launch(
-            f"_ZN9flatquant4simt6kernelI{MANGLED[x.dtype]}Lb{is_whole}EEEvNS_7ProblemENS0_4PlanE",
+            f"_ZN9flatquant4simt6kernelI{MANGLED[x.dtype]}Li{height}ELb{is_whole}EEEv"
+            "NS_7ProblemENS0_4PlanE",
             -(-tokens // per_block),
             threads,
             shared,
@@ -170,13 +171,14 @@ def pascal() -> Iterator[Module]:
     module.check(module.driver.cuModuleUnload(module.handle))
 
 
-# Several tokens a block; sizes without padding; large ones, which 48 KiB of shared memory cut into
-# chunks and the memory that the built-in kernel asks for does not; odd sizes; W too large to be
-# kept at all.
+# Several tokens a block; sizes without padding, with tiles of seven rows too; large ones, which
+# 48 KiB of shared memory cut into chunks and the memory that the built-in kernel asks for does not;
+# odd sizes; W too large to be kept at all.
 SIZES = [
     (24, 24),
     (64, 64),
     (64, 40),
+    (56, 64),
     (128, 64),
     (86, 128),
     (112, 128),

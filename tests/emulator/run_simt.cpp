@@ -15,22 +15,18 @@ using namespace flatquant::simt;
 template <class Element>
 void launch(const Problem& problem, unsigned blocks, uint64_t seed) {
   const int shared_limit = smaller(static_cast<int>(blocks) * usual_shared, emulator::shared_limit);
-  const Plan plan(problem.rows, problem.cols, shared_limit);
   auto* bytes = reinterpret_cast<unsigned char*>(memory);
   emulator::Machine& machine = emulator::machine();
   machine.block_starts = [=] { std::memset(bytes, emulator::poison, memory_bytes); };
-  machine.block_ended = [=] {
-    for (int i = plan.shared_bytes; i < memory_bytes; ++i) {
-      if (bytes[i] != emulator::poison) emulator::fail("a store outside the shared memory");
-    }
-  };
-  const auto groups = static_cast<unsigned>((problem.tokens + plan.tokens - 1) / plan.tokens);
-  machine.launch(dim3(groups), dim3(plan.threads), plan.shared_bytes, seed, [&] {
-    if (needs_no_padding<Element>(problem, plan)) {
-      kernel<Element, true>(problem, plan);
-    } else {
-      kernel<Element, false>(problem, plan);
-    }
+  with_kernel<Element>(problem, shared_limit, [&](auto* kernel_of_plan, const Plan& plan) {
+    machine.block_ended = [=] {
+      for (int i = plan.shared_bytes; i < memory_bytes; ++i) {
+        if (bytes[i] != emulator::poison) emulator::fail("a store outside the shared memory");
+      }
+    };
+    const auto groups = static_cast<unsigned>((problem.tokens + plan.tokens - 1) / plan.tokens);
+    machine.launch(dim3(groups), dim3(plan.threads), plan.shared_bytes, seed,
+                   [&] { kernel_of_plan(problem, plan); });
   });
 }
 
