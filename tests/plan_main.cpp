@@ -120,6 +120,32 @@ int check_simt() {
   return plans;
 }
 
+// The plans that the times in benchmarks/NOTES.md are of: tiles of seven rows and stages of 16
+// where they pay.
+struct Expected {
+  int rows, cols, limit, height;
+  bool is_whole;
+  int left_depth, right_depth;
+};
+constexpr Expected expected_plans[] = {
+    {112, 128, 227, 7, true, 16, 16}, {112, 128, 163, 8, true, 8, 8},  // else fewer threads an SM
+    {128, 128, 227, 8, true, 16, 16}, {56, 64, 48, 7, true, 8, 16},   {64, 64, 48, 8, true, 8, 16},
+    {64, 128, 227, 8, true, 8, 8},    {56, 56, 227, 8, false, 7, 8},
+};
+
+void check_choices() {
+  for (const Expected& e : expected_plans) {
+    const auto plan = flatquant::simt::Plan::whole(e.rows, e.cols, e.limit * 1024);
+    if (plan.tile_height != e.height || plan.is_whole != e.is_whole ||
+        plan.left_depth != e.left_depth || plan.right_depth != e.right_depth) {
+      std::printf("simt, %d x %d with %d KiB: height %d, whole %d, stages of %d and %d\n", e.rows,
+                  e.cols, e.limit, plan.tile_height, plan.is_whole, plan.left_depth,
+                  plan.right_depth);
+    }
+  }
+}
+
 int main() {
+  check_choices();
   std::printf("sm80 %d, simt %d, plain %d plans\n", check_sm80(), check_simt(), check_plain());
 }

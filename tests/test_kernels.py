@@ -239,6 +239,19 @@ def test_unaligned_rows_are_served_by_auto_and_refused_by_sm90(
             quantize(problem, "sm90")
 
 
+@by_dtype
+@pytest.mark.parametrize("M, N", [(64, 64), (56, 64), (112, 128)])
+def test_unaligned_rows_give_the_bits_of_aligned_ones(M: int, N: int, dtype: torch.dtype) -> None:
+    """What simt and sm80 take without padding if it is aligned, tiles of seven rows included."""
+    aligned = random_problem(M, N, 9, dtype, "cuda")
+    for offset, gap in ((1, 0), (2, 0), (0, 1), (0, 2), (0, 4)):
+        storage = torch.empty(9 * (M * N + gap) + offset, dtype=dtype, device="cuda")
+        x = storage[offset:].view(9, -1)[:, : M * N].copy_(aligned.input)
+        for kernel in {"simt", "sm80"} & set(kernels(M, N, dtype)):
+            result = quantize(aligned._replace(input=x), kernel)
+            assert equal(result, quantize(aligned, kernel)), (kernel, offset, gap)
+
+
 @pytest.mark.parametrize("which", ["left_trans", "right_trans"])
 def test_unaligned_factors_are_served_by_auto_and_refused_by_sm90(which: str) -> None:
     aligned = random_problem(64, 64, 9, torch.float16, "cuda")

@@ -8,8 +8,8 @@ namespace flatquant::simt {
 constexpr int tile = 8;              // a thread holds tile x tile sums,
 constexpr int low_tile = 7;          // or low_tile x tile
 constexpr int max_threads = 512;     // of 128 registers: the sums, two tile edges, the next tile's
-constexpr int usual_depth = 8;       // rows of a factor in shared memory at once, at most,
-constexpr int whole_depth = 16;      // or where nothing is padded, for half as many barriers
+constexpr int usual_depth = 8;       // rows of a factor in shared memory at once, at most
+constexpr int whole_depth = 16;      // the same where nothing is padded: half as many barriers
 constexpr int usual_threads = 128;   // four such blocks fill an SM, and wait at different times
 constexpr int usual_shared = 49152;  // bytes that every GPU gives a block without asking
 
@@ -114,7 +114,8 @@ struct Plan {
     shared_bytes = 4 * (4 + extremes_size + 2 * stage_size + tokens * w_size);
   }
 
-  // Threads on an SM. Its shared memory is what a block may have and a KiB; each block costs one.
+  // Threads on an SM, by the shared memory of those from 8.0 on: what a block may have and a KiB;
+  // each block costs one.
   constexpr int resident(int shared_limit) const {
     return smaller(max_threads / threads, (shared_limit + 1024) / (shared_bytes + 1024)) * threads;
   }

@@ -5,10 +5,10 @@
 //   Y = W @ right      W lies in shared memory, transposed, in float; right's rows pass through
 // Both are sums over k of a[k]^T b[k], a and b lying there in panels of eight columns, k after k;
 // W's rows lie in pairs the other way round, for the sake of register banks.
-// Each thread holds 8 x 8 sums of one token, or 7 x 8: 64 FMAs share four 16-byte loads, and the
-// FMA units are what binds it. Two stages let the next rows arrive while some are used; codes leave
-// from the registers, for one output after the other. The product with a factor that is not there
-// is left out.
+// Each thread holds 8 x 8 sums of one token, or 7 x 8: 64 FMAs (or 56) share four 16-byte loads,
+// and the FMA units are what binds it. Two stages let the next rows arrive while some are used;
+// codes leave from the registers, for one output after the other. The product with a factor that is
+// not there is left out.
 #pragma once
 
 #include "elements.cuh"
@@ -28,9 +28,11 @@ __device__ __forceinline__ bool in_fours(const Element* from, int cols) {
 
 // Brings stages of a row-major matrix to shared memory, as panels of float, one after the other.
 // This thread brings one row of one panel of each, `width` elements. With `is_whole` all of them
-// are inside the matrix, and aligned to be loaded four elements at a time if a panel's width is.
+// are inside the matrix, and aligned to be loaded four at a time; seven are loaded one by one.
 template <class Element, bool is_whole, int width = tile>
 class Courier {
+  static_assert(is_whole || width == tile);
+
  public:
   // The panels begin at column `first_col` of the matrix, and at `panels` in the first stage.
   __device__ Courier(const Element* matrix, int rows, int cols, int first_col, int row, int panel,
@@ -177,7 +179,7 @@ __device__ __forceinline__ void add_outer(Sums<height>& sums, const float (&a)[t
 }
 
 // sums[r][c] += a[k][r] * b[k][c] for k = 0 .. depth - 1, in this order. Unrolled more than twice,
-// the compiler lets sums change their registers.
+// the compiler lets sums change their banks.
 template <bool of_w, int unrolled, int height>
 __device__ __forceinline__ void multiply(Sums<height>& sums, const float* a, const float* b,
                                          int depth) {
@@ -192,8 +194,9 @@ __device__ __forceinline__ void multiply(Sums<height>& sums, const float* a, con
   }
 }
 
-// The same for a depth of whole tiles, the edges of the next k loaded during this one. A panel of W
-// has a tile of k. It takes registers that only a kernel without padding has.
+// The same for a depth of whole tiles, the edges of the next k loaded during this one, b's in place
+// of what has been used. A panel of W has a tile of k. It takes registers that only a kernel
+// without padding has; there a tile at a time was fastest, though sums change their banks.
 template <bool of_w, int height>
 __device__ __forceinline__ void multiply_ahead(Sums<height>& sums, const float* a, const float* b,
                                                int depth) {
@@ -298,10 +301,11 @@ __device__ __forceinline__ void store_codes(unsigned char* codes, bool packed,
   }
 }
 
-// `height` and `is_whole` are the plan's. If nothing is padded, little code is left, and registers
-// suffice for it.
+// `height` and `is_whole` are the plan's. If nothing is padded, little code is left, and next to
+// nothing has to leave the registers.
 template <class Element, int height, bool is_whole>
 __global__ void __launch_bounds__(max_threads) kernel(const Problem problem, const Plan plan) {
+  static_assert(is_whole || height == tile);
   extern __shared__ float4 memory[];
   const int rows = problem.rows, cols = problem.cols;
   const int thread = static_cast<int>(threadIdx.x);

@@ -181,8 +181,9 @@ __device__ __forceinline__ void copy_tile(Element* shared, const Element* token,
   }
 }
 
-// The same of a token that needs no padding, by a few instructions, as all addresses but one are
-// constants.
+// The same of a token that needs no padding, by a few instructions: addresses are constants but for
+// one in the middle of each 16 rows, which is as far as constants reach. Not opaque, each address
+// would be computed.
 template <class Config, class Element>
 __device__ __forceinline__ void copy_whole_tile(Element* shared, const Element* token,
                                                 WarpTile<Config> tile, int depth, bool exists) {
@@ -193,9 +194,13 @@ __device__ __forceinline__ void copy_whole_tile(Element* shared, const Element* 
   const Element* const from = token + row * Config::cols + tile.col + col;
   Element* const to = shared + row * Config::pitch + tile.col + col;
 #pragma unroll
-  for (int i = 0; i < warp_rows; i += row_step) {
-    cp_async_if(exists && col < Config::warp_cols && tile.row + i / 16 * 16 < depth,
-                to + i * Config::pitch, from + i * Config::cols);
+  for (int half = 0; half < warp_rows; half += 16) {
+    const bool is_copied = exists && col < Config::warp_cols && tile.row + half < depth;
+    const Element* const middle = opaque(from + (half + 8) * Config::cols);
+#pragma unroll
+    for (int i = 0; i < 16; i += row_step) {
+      cp_async_if(is_copied, to + (half + i) * Config::pitch, middle + (i - 8) * Config::cols);
+    }
   }
 }
 
